@@ -44,7 +44,7 @@ class AgentState(StrEnum):
 
 
 class ExitCode(IntEnum):
-    """Exit codes of a worker and of a pod (sysexits.h where one fits); torchrun flattens them to 1, our agent does not."""
+    """Exit codes of a worker and of a pod (sysexits.h where one fits); torchrun would flatten them to 1."""
 
     OK = 0
     INTERNAL = 70  # a bug or an unknown error: counts, is retried
