@@ -1,0 +1,124 @@
+# Every command of the project. `make` alone lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qlora-operator
+CLUSTER ?= local
+CLUSTER_NAME ?= qlora
+NODES ?= 2
+PYTEST_ARGS ?=
+UV := $(shell hack/uv.sh)
+RUN := $(UV) run --frozen --no-sync
+CTL := $(RUN) python -m hack.cluster
+export CACHE CLUSTER CLUSTER_NAME NODES
+
+##@ General
+.PHONY: help
+help: ## List the targets.
+	@awk 'BEGIN {FS = ":.*##"} /^##@/ {printf "\n\033[1m%s\033[0m\n", substr($$0, 5)} \
+		/^[a-z0-9-]+:.*##/ {printf "  \033[36m%-16s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: sync ## Cluster, images, operator, one fine-tune, one node killed in the middle, the adapter back: end to end.
+	$(RUN) python hack/demo/demo.py
+
+##@ Development
+.PHONY: sync
+sync:
+	@$(UV) sync --frozen --quiet --all-packages
+
+.PHONY: fmt
+fmt: sync ## Format the code.
+	$(RUN) ruff format .
+	$(RUN) ruff check --fix .
+
+.PHONY: lint
+lint: sync ## ruff, import rules, shellcheck.
+	$(RUN) ruff format --check .
+	$(RUN) ruff check .
+	$(RUN) lint-imports
+	$(RUN) shellcheck $$(git ls-files '*.sh' .ci/run)
+
+.PHONY: lint-chart
+lint-chart: sync ## helm lint (builds helm once).
+	$$($(CTL) path helm) lint charts/qlora-operator
+
+.PHONY: typecheck
+typecheck: sync ## mypy, strict for api and operator.
+	$(RUN) mypy
+
+.PHONY: manifests
+manifests: sync ## Generate the CRD from api/ into crds/ and the chart.
+	$(RUN) python hack/manifests.py
+
+.PHONY: verify
+verify: sync ## Fail when a generated file drifts from its source.
+	$(RUN) python hack/manifests.py --check
+	$(UV) lock --check
+
+##@ Tests
+.PHONY: test
+test: lint typecheck verify lint-chart test-unit test-integration chaos-smoke test-e2e ## Everything: style, types, unit, integration, e2e on a real local cluster.
+
+.PHONY: test-unit
+test-unit: sync ## Pure code, in seconds.
+	$(RUN) pytest tests/unit $(PYTEST_ARGS)
+
+.PHONY: test-integration
+test-integration: sync ## Real API server, real S3 server, gloo processes.
+	$(RUN) pytest tests/integration $(PYTEST_ARGS)
+
+.PHONY: test-e2e
+test-e2e: cluster-up images ## The real cluster: every example, a killed node, bad input.
+	$(RUN) pytest tests/e2e $(PYTEST_ARGS)
+
+.PHONY: test-gpu
+test-gpu: sync ## On a machine with GPUs: bytes, oracle, resume. CI has none.
+	$(RUN) pytest tests/gpu $(PYTEST_ARGS)
+
+.PHONY: chaos-smoke
+chaos-smoke: sync
+	$(RUN) python -m tests.chaos.grid --smoke
+
+.PHONY: chaos-fast
+chaos-fast: sync ## Kill grid without a cluster, under ten minutes; ends with one line of JSON.
+	$(RUN) python -m tests.chaos.grid --fast
+
+.PHONY: chaos
+chaos: sync ## The whole kill grid, on the local cluster, too.
+	$(RUN) python -m tests.chaos.grid
+
+##@ Measurements
+.PHONY: bench
+bench: sync ## CPU: tokens a second and memory against TRL's SFTTrainer; ends with one line of JSON.
+	$(RUN) python benchmarks/bench_cpu.py
+
+.PHONY: bench-gpu
+bench-gpu: ## Two GPUs: the table of benchmarks/results.md, references and ours in one run.
+	python3 benchmarks/bench_gpu.py
+
+##@ Cluster
+.PHONY: cluster-up
+cluster-up: sync ## Start the local Kubernetes (builds it once). CLUSTER=current uses the current kubectl context.
+	$(CTL) up --nodes $(NODES)
+
+.PHONY: cluster-down
+cluster-down: sync ## Stop it; leaves no process, mount, interface, rule or cgroup.
+	$(CTL) down
+
+.PHONY: images
+images: sync ## Build both images and load them into the cluster's nodes.
+	$(CTL) images
+
+.PHONY: install
+install: sync ## Install the CRD alone.
+	$(CTL) kubectl apply --server-side -f crds/
+
+.PHONY: deploy
+deploy: sync ## Install or upgrade the operator by its Helm chart.
+	$(CTL) deploy
+
+.PHONY: undeploy
+undeploy: sync ## Remove the operator; the CRD and the runs stay.
+	$(CTL) undeploy
