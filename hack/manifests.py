@@ -1,6 +1,6 @@
 """Write the generated files, or with --check fail when one drifts from its source.
 
-The CRD comes from api/src/qlora_api. It is committed twice: crds/ for `kubectl apply`, and wrapped as a template of the chart.
+The CRD comes from api/src/qlora_api. It is committed twice: crds/ for `kubectl apply`, and as a template of the chart.
 """
 
 import sys
