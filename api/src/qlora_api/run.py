@@ -120,6 +120,7 @@ TOKEN_PATH = "/var/run/secrets/qlora/token"
 SECRETS_DIR = "/etc/qlora/secrets"  # one folder each: model, dataset, output
 RUN_DIR = "/run/qlora"  # memory volume: control, progress, snapshots; survives container restarts
 CACHE_DIR = "/cache"  # base model and packed cache; shared by the pods of a node where the cluster allows it
+PVC_DIR = "/mnt/pvc"  # pvc://CLAIM/path is mounted at PVC_DIR/CLAIM
 TERMINATION_PATH = "/dev/termination-log"
 TOKEN_AUDIENCE = "qlora.dev/coordinator"
 STORE_PORT = 29400  # TCPStore of a generation: STORE_PORT + generation % 100 on the first member

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import Field
+
 from qlora_api.base import ApiModel
 from qlora_api.run import CACHE_DIR, RUN_DIR, SECRETS_DIR, Command, Termination
 from qlora_api.status import Artifacts, CheckpointStatus, Progress
@@ -89,7 +90,7 @@ class WorkerState(ApiModel):
     snapshot_step: int | None = None
     checkpoint: CheckpointStatus | None = None
     artifacts: Artifacts | None = None
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = Field(default_factory=dict)
 
 
 Model = TypeVar("Model", bound=ApiModel)

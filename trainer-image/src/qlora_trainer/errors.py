@@ -113,9 +113,7 @@ def classify(error: BaseException, rank: int | None = None, step: int = 0) -> Te
     """Why this error ends the worker: exit code, reason and message of the contract, with the traceback's tail."""
     code, reason, message = _code_of(error)
     tail = "".join(traceback.format_exception(error))[-MAX_TEXT:]
-    return Termination(
-        exit_code=code, reason=reason, message=message[:MAX_TEXT], rank=rank, step=step, log_tail=tail
-    )
+    return Termination(exit_code=code, reason=reason, message=message[:MAX_TEXT], rank=rank, step=step, log_tail=tail)
 
 
 def _code_of(error: BaseException) -> tuple[ExitCode, str, str]:
