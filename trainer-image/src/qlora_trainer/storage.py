@@ -33,6 +33,10 @@ class Entry:
     tag: str
 
 
+Entries = list[Entry]
+Items = list[dict[str, Any]]
+
+
 class ObjectStore(Protocol):
     """A flat store of objects below one URI. Keys are relative to it and never start with a slash."""
 
@@ -45,7 +49,7 @@ class ObjectStore(Protocol):
     def put(self, key: str, data: bytes | Path, if_none_match: bool = False) -> bool:
         """Write an object whole. With `if_none_match` an existing one is kept and the answer is False."""
 
-    def list(self, prefix: str = "") -> list[Entry]:
+    def list(self, prefix: str = "") -> Entries:
         """All objects whose key starts with `prefix`, by key."""
 
     def delete(self, keys: Iterable[str]) -> None:
@@ -105,7 +109,7 @@ class FileStore:
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error.strerror}; check the path and its permissions") from error
 
-    def list(self, prefix: str = "") -> list[Entry]:
+    def list(self, prefix: str = "") -> Entries:
         if self.root.is_file():
             return [self._entry("", self.root)]
         paths = [path for path in self.root.rglob("*") if path.is_file() and not path.name.endswith(".tmp")]
@@ -173,7 +177,7 @@ class S3Store:
                 raise
         return True
 
-    def list(self, prefix: str = "") -> list[Entry]:
+    def list(self, prefix: str = "") -> Entries:
         with self.errors("list"):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=self.prefix + prefix
@@ -192,7 +196,7 @@ class S3Store:
             for key in keys:
                 self._client.delete_object(Bucket=self.bucket, Key=self._key(key))
 
-    def _single_object(self) -> list[dict[str, Any]]:
+    def _single_object(self) -> Items:
         """The URI may name one object instead of a prefix; its key is then empty."""
         name = self.prefix.rstrip("/")
         page = self._client.list_objects_v2(Bucket=self.bucket, Prefix=name, MaxKeys=1)

@@ -1,0 +1,127 @@
+"""Tokenized samples on disk: built once per node, memory-mapped by every worker.
+
+A folder holds `ids` (int32) and `mask` (uint8, 1 = trained on) of all samples one after the other, `offsets` (int64,
+one more than samples) and meta.json, written last. Samples longer than maxLength are cut; samples without a token to
+train on are left out and counted.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from qlora_api.run import TrainConfig
+from qlora_trainer.control import WorkerEnv
+from qlora_trainer.errors import BadData
+from qlora_trainer.rows import Row, read_rows
+from qlora_trainer.sources import Source
+from qlora_trainer.tokens import Encoder, build_encoder
+
+FORMAT = 1  # raise it when the tokens of the same rows change
+
+
+@dataclass(frozen=True)
+class SampleMeta:
+    """What became of the rows."""
+
+    num_rows: int
+    num_samples: int
+    num_tokens: int
+    num_tokens_cut: int  # beyond maxLength
+    num_samples_masked: int  # left out: nothing to train on
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """Tokenized samples. `ids` and `mask` are flat; sample i is [offsets[i], offsets[i + 1])."""
+
+    ids: "np.ndarray[Any, np.dtype[np.int32]]"
+    mask: "np.ndarray[Any, np.dtype[np.uint8]]"
+    offsets: "np.ndarray[Any, np.dtype[np.int64]]"
+    meta: SampleMeta
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
+        """Tokens of each sample."""
+        return np.diff(self.offsets)
+
+    def num_targets(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
+        """Tokens of each sample that the loss counts: masked in and not the first (nothing predicts that one)."""
+        running = np.concatenate([[0], np.cumsum(self.mask, dtype=np.int64)])
+        return running[self.offsets[1:]] - running[self.offsets[:-1] + 1]
+
+    @classmethod
+    def of_lists(cls, samples: list[tuple[list[int], list[int]]]) -> "SampleSet":
+        """From token and mask lists, in memory."""
+        flat = [np.array([value for sample in samples for value in sample[part]]) for part in (0, 1)]
+        offsets = np.cumsum([0] + [len(ids) for ids, _ in samples], dtype=np.int64)
+        meta = SampleMeta(len(samples), len(samples), int(offsets[-1]), 0, 0)
+        return cls(flat[0].astype(np.int32), flat[1].astype(np.uint8), offsets, meta)
+
+
+def ensure_samples(
+    config: TrainConfig, source: Source, model: Source, tokenizer: Any, env: WorkerEnv, what: str = "dataset"
+) -> SampleSet:
+    """The tokenized samples of a source, from the node's cache where it holds them. Raises BadData."""
+    dataset, length = config.spec.dataset, config.spec.training.max_length
+    identity = [FORMAT, source.digest, model.digest, dataset.format, dataset.text_field, dataset.train_on, length]
+    folder = env.cache_dir / "samples" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "meta.json").is_file():
+            rows = read_rows(source.path, source.files)
+            _write(folder, rows, lambda first: build_encoder(dataset, tokenizer, first), length, what)
+    return _open(folder)
+
+
+def _open(folder: Path) -> SampleSet:
+    meta = SampleMeta(**json.loads((folder / "meta.json").read_text()))
+    ids = np.memmap(folder / "ids", dtype=np.int32, mode="r")
+    mask = np.memmap(folder / "mask", dtype=np.uint8, mode="r")
+    return SampleSet(ids, mask, np.fromfile(folder / "offsets", dtype=np.int64), meta)
+
+
+def _write(folder: Path, rows: Iterable[Row], encoder_for: Any, max_length: int, what: str) -> None:
+    """Encode all rows into a temporary folder, then rename it."""
+    temporary = folder.with_suffix(".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    encode: Encoder | None = None
+    offsets, num_rows, cut, masked = [0], 0, 0, 0
+    with (temporary / "ids").open("wb") as ids_file, (temporary / "mask").open("wb") as mask_file:
+        for row in rows:
+            encode = encode or encoder_for(row)
+            ids, mask = encode(row)
+            num_rows += 1
+            if not any(mask[1:max_length]):
+                masked += 1
+                continue
+            cut += max(0, len(ids) - max_length)
+            np.array(ids[:max_length], dtype=np.int32).tofile(ids_file)
+            np.array(mask[:max_length], dtype=np.uint8).tofile(mask_file)
+            offsets.append(offsets[-1] + min(len(ids), max_length))
+    _require_samples(num_rows, len(offsets) - 1, what)
+    np.array(offsets, dtype=np.int64).tofile(temporary / "offsets")
+    meta = SampleMeta(num_rows, len(offsets) - 1, offsets[-1], cut, masked)
+    (temporary / "meta.json").write_text(json.dumps(asdict(meta)))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _require_samples(num_rows: int, num_samples: int, what: str) -> None:
+    if num_rows == 0:
+        raise BadData(f"the {what} is empty: its files hold no row")
+    if num_samples == 0:
+        raise BadData(
+            f"none of the {num_rows} rows of the {what} has a token to train on within training.maxLength:"
+            " raise maxLength or set dataset.trainOn: all"
+        )
