@@ -67,6 +67,7 @@ class Slot(ApiModel):
 
     index: int = Field(ge=0)
     incarnation: int = Field(0, ge=0, description="How often the pod of this place was replaced.")
+    restarts: int = Field(0, ge=0, description="Container restarts of this incarnation that have been judged.")
 
 
 class Restarts(ApiModel):
