@@ -1,0 +1,239 @@
+"""The durable tier: the trainable state in the object store, written in slices, complete once its manifest stands.
+
+torch.distributed.checkpoint plans and reshards; safetensors files hold the bytes and a JSON manifest with sizes and
+sha256 makes them real (docs/decisions/0004-checkpoint-format.md: why not DCP's own pickled metadata). Every rank
+writes and uploads its slice of each flat tensor in a thread of its own; a checkpoint can be loaded at any world size.
+The key carries the generation and the manifest is written with If-None-Match: what is complete is never overwritten.
+"""
+
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from pydantic import BaseModel
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from qlora_api.layout import MANIFEST, parse_checkpoint
+from qlora_api.status import CheckpointStatus
+from qlora_trainer import faults
+from qlora_trainer.errors import StorageError, TrainerError
+from qlora_trainer.sources import sha256_of
+from qlora_trainer.storage import ObjectStore, read_bytes
+
+FORMAT = 1
+_FOLDER = "checkpoints"
+_SLICED_FROM = 4096  # elements; smaller tensors go whole into one rank's file
+
+
+class FileRecord(BaseModel, frozen=True):
+    """One file of a checkpoint or of an adapter."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel, frozen=True):
+    """Written last: this checkpoint is complete."""
+
+    format: int = FORMAT
+    step: int
+    generation: int
+    time: datetime
+    files: list[FileRecord]
+    tensors: dict[str, tuple[str, list[int]]]  # name -> dtype, shape
+    extra: dict[str, Any]
+
+
+def folder_of(step: int, generation: int) -> str:
+    """Key prefix of a checkpoint, relative to the run's root (layout.RunLayout.checkpoint)."""
+    return f"{_FOLDER}/step-{step:08d}-gen-{generation:05d}"
+
+
+class _StoreWriter(HuggingFaceStorageWriter):
+    """Writes this rank's slices to a local file, uploads it, and on the coordinator ends with the manifest."""
+
+    def __init__(self, staging: Path, store: ObjectStore, manifest: Manifest, keep: int) -> None:
+        super().__init__(str(staging), save_distributed=True)
+        self._staging, self._store, self._manifest, self._keep = staging, store, manifest, keep
+
+    def write_data(self, plan: Any, planner: Any) -> "torch.futures.Future[list[WriteResult]]":
+        results = super().write_data(plan, planner).wait()
+        names = sorted({result.storage_data.relative_path for result in results})
+        faults.reach("upload", self._manifest.step)
+        records = {name: self._upload(name) for name in names}
+        done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        done.set_result([replace(r, storage_data=records[r.storage_data.relative_path]) for r in results])
+        return done
+
+    def _upload(self, name: str) -> FileRecord:
+        path = self._staging / name
+        folder = folder_of(self._manifest.step, self._manifest.generation)
+        self._store.put(f"{folder}/{name}", path)
+        record = FileRecord(name=name, size=path.stat().st_size, sha256=sha256_of(path))
+        path.unlink()
+        return record
+
+    def finish(self, metadata: Any, results: list[list[WriteResult]]) -> None:
+        records = {result.storage_data.name: result.storage_data for rank in results for result in rank}
+        manifest = self._manifest.model_copy(update={"files": [records[name] for name in sorted(records)]})
+        faults.reach("manifest", manifest.step)
+        key = f"{folder_of(manifest.step, manifest.generation)}/{MANIFEST}"
+        self._store.put(key, manifest.model_dump_json().encode(), if_none_match=True)
+        prune(self._store, self._keep)
+
+
+class CheckpointWriter:
+    """Saves in the background, one checkpoint at a time. All ranks call `save` for the same steps.
+
+    `group` is a gloo group of its own: the thread's collectives never mix with training's. None: a single process.
+    """
+
+    def __init__(self, store: ObjectStore, keep: int, mesh: DeviceMesh | None, group: Any = None) -> None:
+        self._store, self._keep, self._mesh, self._group = store, keep, mesh, group
+        self._pending: tuple[Manifest, Path, Future[Any]] | None = None
+        self.newest: CheckpointStatus | None = None
+        self.num_failures = 0  # in a row
+
+    @property
+    def busy(self) -> bool:
+        """A save is under way on this rank."""
+        return self._pending is not None and not self._pending[2].done()
+
+    def save(self, step: int, generation: int, state: Mapping[str, Tensor], extra: dict[str, Any]) -> None:
+        """Start saving; waits for the save before. The tensors may change as soon as this returns."""
+        self.collect(wait=True)
+        tensors = {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in state.items()}
+        manifest = Manifest(
+            step=step, generation=generation, time=datetime.now(UTC), files=[], tensors=tensors, extra=extra
+        )
+        staging = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+        sliced = {name: _slice(tensor, self._mesh) for name, tensor in state.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to save in a single process"
+            future = dcp.async_save(
+                sliced,
+                storage_writer=_StoreWriter(staging, self._store, manifest, self._keep),
+                process_group=self._group,
+                no_dist=self._mesh is None,
+            )
+        assert isinstance(future, Future)
+        self._pending = (manifest, staging, future)
+
+    def collect(self, wait: bool = False) -> StorageError | None:
+        """Take note of a save that has ended; the error, if it failed. With `wait` the one under way ends first."""
+        if self._pending is None or not (wait or self._pending[2].done()):
+            return None
+        (manifest, staging, future), self._pending = self._pending, None
+        error = _storage_error(future.exception())
+        shutil.rmtree(staging, ignore_errors=True)
+        if error is not None:
+            self.num_failures += 1
+            return error
+        self.num_failures = 0
+        uri = f"{self._store.uri}/{folder_of(manifest.step, manifest.generation)}"
+        self.newest = CheckpointStatus(step=manifest.step, uri=uri, time=manifest.time)
+        return None
+
+    def finish(self) -> None:
+        """Wait for the save under way; raises StorageError when it failed."""
+        if error := self.collect(wait=True):
+            raise error
+
+
+def _slice(tensor: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    """This rank's part of a replicated flat tensor, as a copy on the CPU."""
+    tensor = tensor.detach()
+    if mesh is None or tensor.numel() < _SLICED_FROM:
+        return tensor.to("cpu", copy=True)
+    assert tensor.dim() == 1
+    parts = tensor.chunk(mesh.size())
+    local = parts[mesh.get_local_rank()] if mesh.get_local_rank() < len(parts) else tensor[:0]
+    return DTensor.from_local(
+        local.to("cpu", copy=True), mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=(1,)
+    )
+
+
+def _storage_error(error: BaseException | None) -> StorageError | None:
+    """The storage failure behind a failed save; other errors are raised."""
+    if error is None or isinstance(error, StorageError):
+        return error
+    causes = [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else []
+    for cause in causes:
+        if isinstance(cause, StorageError):
+            return cause
+    raise next((cause for cause in causes if isinstance(cause, TrainerError)), error)
+
+
+def find_complete(store: ObjectStore) -> list[Manifest]:
+    """Complete checkpoints, newest first: a manifest is there and every file has its size."""
+    entries = {entry.key: entry.size for entry in store.list(f"{_FOLDER}/")}
+    places = [(parse_checkpoint(key), key) for key in entries if key.endswith(f"/{MANIFEST}")]
+    found = []
+    for place, key in sorted(((p, k) for p, k in places if p), reverse=True):
+        manifest = Manifest.model_validate_json(read_bytes(store, key))
+        folder = folder_of(*place)
+        if all(entries.get(f"{folder}/{record.name}") == record.size for record in manifest.files):
+            found.append(manifest)
+    return found
+
+
+def find_newest(store: ObjectStore) -> Manifest | None:
+    """The newest complete checkpoint."""
+    return next(iter(find_complete(store)), None)
+
+
+def load(store: ObjectStore, manifest: Manifest) -> dict[str, Tensor]:
+    """The whole state on the CPU, every byte checked against the manifest. StorageError when one differs."""
+    state = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in manifest.tensors.items()}
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as name:
+        folder = Path(name)
+        for record in manifest.files:
+            _download(store, manifest, record, folder / record.name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to load in a single process"
+            dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    return state
+
+
+def _download(store: ObjectStore, manifest: Manifest, record: FileRecord, path: Path) -> None:
+    with store.get(f"{folder_of(manifest.step, manifest.generation)}/{record.name}") as stream, path.open("wb") as out:
+        shutil.copyfileobj(stream, out, 1 << 20)
+    if sha256_of(path) != record.sha256:
+        raise StorageError(
+            f"{store.uri}: {record.name} of step {manifest.step} differs from its manifest: it is damaged"
+        )
+
+
+def restore_newest(store: ObjectStore, log: Callable[[str], None]) -> tuple[Manifest, dict[str, Tensor]] | None:
+    """The newest checkpoint that can be loaded intact; damaged ones are passed over and told to `log`."""
+    for manifest in find_complete(store):
+        try:
+            return manifest, load(store, manifest)
+        except (StorageError, FileNotFoundError) as error:
+            log(f"checkpoint of step {manifest.step} passed over: {error}")
+    return None
+
+
+def prune(store: ObjectStore, keep: int) -> None:
+    """Delete all but the `keep` newest complete checkpoints, and what incomplete ones before them left."""
+    complete = [folder_of(manifest.step, manifest.generation) for manifest in find_complete(store)]
+    if not complete:
+        return
+    kept, newest = set(complete[:keep]), complete[0]
+    doomed = [entry.key for entry in store.list(f"{_FOLDER}/") if parse_checkpoint(entry.key)]
+    doomed = [key for key in doomed if key.rsplit("/", 1)[0] not in kept and key.rsplit("/", 1)[0] < newest]
+    store.delete(sorted(doomed, key=lambda key: not key.endswith(MANIFEST)))  # manifests first: never half complete
