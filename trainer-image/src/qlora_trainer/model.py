@@ -1,0 +1,294 @@
+"""The model that is trained: transformers' causal LM with a packed 4-bit base and an adapter in float32.
+
+Rules: the unquantized model never exists; a decoder layer's packed bytes are one parameter, sharded by FSDP2 where the
+mesh has more than one rank; everything random is a function of (seed, name) or (seed, step, micro batch); what a rank
+computes does not depend on how many there are. The forward of a decoder layer stays transformers' own.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint
+
+from qlora_api.run import TrainConfig
+from qlora_api.types import LoraSpec
+from qlora_trainer import ops
+from qlora_trainer.errors import BadConfig, CorruptBase
+from qlora_trainer.loader import PackedModel, discard_damaged
+from qlora_trainer.lora import Adapter, DoraLinear, Group, GroupPlan, LayerState, QuantLinear
+from qlora_trainer.loss import IGNORED, chunked_loss, token_losses
+from qlora_trainer.ops import GroupSpec, weight_of
+from qlora_trainer.quant import ALIGNMENT, FP_TYPES, fingerprint
+from qlora_trainer.sharding import Strategy, layer_bytes, packed_parameter, shard_layer, shard_root
+from qlora_trainer.skeleton import build_skeleton, decoder_layers, group_linears, is_target
+
+
+class TrainableModel:
+    """What the training loop sees. `trainable`: PEFT's names -> float32 parameters, replicated on every rank.
+
+    Gradients are sums over this rank's tokens divided by `num_tokens`: add them up over the ranks (`flat_grad` is all
+    of them in one buffer; every `.grad` is a view of it and must stay one, though setting it to None is repaired).
+    """
+
+    def __init__(
+        self, hf_model: nn.Module, packed: PackedModel, adapter: Adapter, config: TrainConfig, device: torch.device
+    ) -> None:
+        self.hf_model, self.packed, self.adapter, self.config, self.device = hf_model, packed, adapter, config, device
+        self.layers = decoder_layers(hf_model)[1]
+        self.sharded = False
+        self._step_seed = 0
+        self._seeds = torch.tensor([[0, number] for number in range(len(adapter.groups))], device=device)
+        for group, seeds in zip(adapter.groups, self._seeds, strict=True):
+            group.seeds = seeds
+        self._token_losses: Callable[..., tuple[Tensor, Tensor]] = token_losses
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return self.adapter.trainable
+
+    @property
+    def frozen(self) -> dict[str, Tensor]:
+        """Adapter tensors that are saved but not trained (A under freezeA), by PEFT's names."""
+        return self.adapter.frozen
+
+    @property
+    def flat_grad(self) -> Tensor:
+        """Every gradient, float32, 1-D, in one buffer."""
+        return self.adapter.grad[self.adapter.num_a if self.adapter.freeze_a else 0 :]
+
+    @property
+    def hf_config(self) -> Any:
+        return self.packed.hf_config
+
+    def train(self) -> None:
+        self.hf_model.train()
+
+    def eval(self) -> None:
+        self.hf_model.eval()
+
+    def set_step_seed(self, seed: int, step: int, micro_index: int) -> None:
+        """Fix all that is random in the next forward pass; `micro_index` counts over the global batch."""
+        digest = hashlib.blake2b(f"{seed}/{step}/{micro_index}".encode(), digest_size=7).digest()
+        self._step_seed = int.from_bytes(digest, "little")
+        self._seeds[:, 0] = self._step_seed
+
+    def loss(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, num_tokens: float | Tensor) -> Tensor:
+        """Summed cross-entropy of this micro batch over `num_tokens`, a float32 scalar.
+
+        input_ids, labels, position_ids: (batch, length) int64; labels unshifted, -100 is ignored. Positions that
+        restart at 0 mark packed samples, which neither attend to nor predict each other. Pass them from the host:
+        looking for restarts on the GPU waits for it.
+        """
+        packed = position_ids is not None and bool((position_ids[:, 1:] == 0).any())
+        shifted = torch.full_like(labels, IGNORED)
+        shifted[:, :-1] = labels[:, 1:]
+        if packed:
+            assert position_ids is not None
+            shifted[:, :-1][position_ids[:, 1:] == 0] = IGNORED
+            position_ids = position_ids.to(self.device, non_blocking=True)
+        self.adapter.refresh()
+        hidden = self.hidden_states(input_ids.to(self.device, non_blocking=True), position_ids if packed else None)
+        total = self._head_loss(hidden, shifted.to(self.device, non_blocking=True))
+        return total / num_tokens
+
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """The decoder's last hidden states, (batch, length, d)."""
+        embeddings = self.hf_model.get_input_embeddings()(input_ids)
+        if self.hf_model.training:
+            embeddings = self._noised(embeddings)
+            embeddings.requires_grad_()  # every layer computes the same graph, the first included
+        decoder = self.hf_model.base_model
+        return decoder(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False).last_hidden_state
+
+    def verify(self) -> None:
+        """Compare every layer's bytes, as the ranks gather them, with the index. Raises CorruptBase."""
+        for index, (layer, packed) in enumerate(zip(self.layers, self.packed.layers, strict=True)):
+            if self.sharded:
+                layer.unshard()
+            found = fingerprint(layer_bytes(layer)[: packed.size])
+            if self.sharded:
+                layer.reshard()
+            if found == packed.fingerprint:
+                continue
+            on_disk = discard_damaged(self.packed, index)
+            where = "on this node's disk (removed: the next start builds it anew)" if on_disk else "between disk and GPU"
+            raise CorruptBase(
+                f"decoder layer {index}: checksum {found} of the gathered bytes is not {packed.fingerprint};"
+                f" damaged {where}. Not trained on: restart, and avoid this node if it repeats"
+            )
+
+    def _noised(self, embeddings: Tensor) -> Tensor:
+        """NEFTune (arXiv:2310.05914): uniform noise of alpha / sqrt(length * d) on the embeddings."""
+        alpha = self.config.spec.training.neftune_noise_alpha
+        if alpha is None:
+            return embeddings.detach()
+        generator = torch.Generator(self.device).manual_seed(self._step_seed)
+        bound = alpha / (embeddings.shape[1] * embeddings.shape[2]) ** 0.5
+        noise = torch.rand(embeddings.shape, generator=generator, device=self.device) * (2 * bound) - bound
+        return embeddings.detach() + noise.to(embeddings.dtype)
+
+    def _head_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        head = self.hf_model.get_output_embeddings()
+        config = self.hf_config
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        cap = getattr(config, "final_logit_softcapping", None) or 0.0
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return chunked_loss(flat, head.weight, head.bias, labels.view(-1), cap, scale, self._token_losses)
+
+
+def build_model(
+    config: TrainConfig, packed: PackedModel, mesh: DeviceMesh | None, device: torch.device, micro_batch: int
+) -> TrainableModel:
+    """The model of `config` on `device`, its base sharded over `mesh` (None: one rank). Raises BadConfig, BadModel."""
+    spec = config.spec
+    dtype = FP_TYPES[spec.quantization.compute_dtype]
+    hf_model = build_skeleton(packed.hf_config, dtype, packed.trust_remote_code)
+    _fill_rest(hf_model, packed.read_rest(device), device)
+    tables = packed.read_tables(device)
+    layers = decoder_layers(hf_model)[1]
+    states = [LayerState() for _ in layers]
+    dora = spec.lora.use_dora
+    groups = [Group(plan, tables, dtype, states[plan.layer], dora) for plan in _plan_groups(spec.lora, packed)]
+    _replace_linears(layers, groups, dora)
+    adapter = Adapter(groups, device, dtype, spec.training.seed, spec.lora.freeze_a, dora)
+    strategy, offload = _strategy(config, mesh), spec.training.cpu_offload
+    recomputed = len(layers) if spec.training.gradient_checkpointing == "full" else 0
+    for index, layer in enumerate(layers):
+        sharded = mesh is not None and strategy != "NO_SHARD"
+        rank, size = (mesh.get_local_rank(), mesh.size()) if sharded and mesh is not None else (0, 1)
+        layer.packed = packed_parameter(_load_bytes(packed, index, rank, size, device))
+        if sharded:
+            assert mesh is not None
+            shard_layer(layer, mesh, strategy, offload, pin_memory=device.type == "cuda")
+        layer.forward = partial(_run_layer, layer.forward, layer, states[index], index < recomputed)
+    model = TrainableModel(hf_model, packed, adapter, config, device)
+    if mesh is not None and strategy != "NO_SHARD":
+        shard_root(hf_model, layers, mesh)
+        model.sharded = True
+    if dora:
+        _measure_magnitudes(model, states)
+    model.train()
+    return model
+
+
+def _run_layer(
+    forward: Callable[..., Any], layer: nn.Module, state: LayerState, recompute: bool, *args: Any, **kwargs: Any
+) -> Any:
+    """A decoder layer's forward, inside FSDP2's hooks: hand the gathered bytes over, recompute if asked to."""
+    state.blob = layer_bytes(layer)
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(
+            forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_recompute_contexts, **kwargs
+        )
+    return forward(*args, **kwargs)
+
+
+class _Recomputing:
+    """Tells the operators that a checkpoint recomputes, so that outputs nobody needs again are skipped."""
+
+    def __enter__(self) -> None:
+        ops.recompute_skips_output = True
+
+    def __exit__(self, *error: object) -> None:
+        ops.recompute_skips_output = False
+
+
+class _Nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def _recompute_contexts() -> tuple[_Nothing, _Recomputing]:
+    return _Nothing(), _Recomputing()
+
+
+def _plan_groups(lora: LoraSpec, packed: PackedModel) -> list[GroupPlan]:
+    scale = lora.alpha / (lora.r**0.5 if lora.use_rslora else lora.r)
+    plans = []
+    for index, layer in enumerate(packed.layers):
+        path = f"{packed.prefix}.{index}"
+        names = list(layer.linears)
+        groups = [(name,) for name in names] if lora.use_dora else group_linears(names)
+        for group in groups:
+            adapted = tuple(is_target(f"{path}.{name}", lora.target_modules) for name in group)
+            members = tuple(layer.linears[name] for name in group)
+            dropout = lora.dropout if any(adapted) else 0.0
+            plans.append(
+                GroupPlan(index, path, group, GroupSpec(members, adapted, packed.scheme, lora.r, scale, dropout))
+            )
+        if packed.hf_config.model_type in LAST_IS_RESIDUAL and not lora.use_dora:
+            plans[-1] = replace(plans[-1], spec=replace(plans[-1].spec, last=True))
+    if not any(any(plan.spec.adapted) for plan in plans):
+        known = sorted({name.rpartition(".")[2] for name in packed.layers[0].linears})
+        raise BadConfig(f"lora.targetModules {lora.target_modules} match no linear of the model: it has {known}")
+    return plans
+
+
+# Models whose layer ends in `residual + last_linear(x)`: addition saves nothing, so a recomputation can stop before it.
+LAST_IS_RESIDUAL = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"})
+
+
+def _replace_linears(layers: nn.ModuleList, groups: list[Group], dora: bool) -> None:
+    for layer in layers:
+        layer.qlora_groups = nn.ModuleList()
+    for group in groups:
+        layer = layers[group.plan.layer]
+        layer.qlora_groups.append(group)
+        for index, name in enumerate(group.plan.names):
+            bias = layer.get_submodule(name).bias
+            use_dora = dora and group.plan.spec.adapted[index]
+            layer.set_submodule(name, DoraLinear(group, bias) if use_dora else QuantLinear(group, index, bias))
+
+
+def _fill_rest(hf_model: nn.Module, rest: dict[str, Tensor], device: torch.device) -> None:
+    """Put the unquantized tensors and the buffers in place; linears' weights stay on the meta device."""
+    for name, tensor in rest.items():
+        parent, _, leaf = name.rpartition(".")
+        module = hf_model.get_submodule(parent)
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor
+        else:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    hf_model.tie_weights()
+    for module in hf_model.modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[leaf] = buffer.to(device)
+
+
+def _load_bytes(packed: PackedModel, index: int, rank: int, size: int, device: torch.device) -> Tensor:
+    """A layer's bytes on the device, padded to equal shards; only this rank's shard is read, the rest is undefined."""
+    shard = -(-packed.layers[index].size // (size * ALIGNMENT)) * ALIGNMENT
+    data_bytes = torch.empty(shard * size, dtype=torch.uint8, device=device)
+    own = packed.read_layer(index, rank * shard, (rank + 1) * shard)
+    data_bytes[rank * shard : rank * shard + own.numel()] = own
+    data_bytes[rank * shard + own.numel() : (rank + 1) * shard] = 0
+    return data_bytes
+
+
+def _strategy(config: TrainConfig, mesh: DeviceMesh | None) -> Strategy:
+    wanted = config.spec.training.sharding_strategy
+    if mesh is None or (mesh.size() == 1 and not config.spec.training.cpu_offload):
+        return "NO_SHARD"
+    return "FULL_SHARD" if wanted == "auto" else wanted
+
+
+def _measure_magnitudes(model: TrainableModel, states: list[LayerState]) -> None:
+    for index, layer in enumerate(model.layers):
+        if model.sharded:
+            layer.unshard()
+        blob = layer_bytes(layer)
+        mine = [group for group in model.adapter.groups if group.plan.layer == index]
+        for group in mine:
+            if any(group.plan.spec.adapted):
+                with torch.no_grad():
+                    group.magnitude.copy_(weight_of(blob, group.key, group.dtype).float().norm(dim=1))
+        if model.sharded:
+            layer.reshard()
