@@ -16,8 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from progress import step
-from settings import CACHE, HERE
+from .progress import step
+from .settings import CACHE, HERE, locked
 
 KUBERNETES = "v1.36.3"
 KUBECTL_VERSION = f"-X k8s.io/component-base/version.gitVersion={KUBERNETES} -X k8s.io/client-go/pkg/version.gitVersion={KUBERNETES}"
@@ -42,6 +42,7 @@ MODULES: dict[str, tuple[str, dict[str, str]]] = {
     "helm": ("-s -w", {"helm": "helm.sh/helm/v4/cmd/helm"}),
 }
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kubectl")
+EVERYTHING = tuple(name for _, programs in MODULES.values() for name in programs if name != "helm")  # that `up` needs
 DEBIAN = {  # program -> Debian package that carries it
     "containerd": "containerd",
     "runc": "runc",
@@ -73,23 +74,23 @@ def path_variable() -> str:
 
 
 def binaries(*names: str) -> None:
-    """Builds the named programs (all when none is named) that the cache lacks."""
-    wanted = names or tuple(name for _, programs in MODULES.values() for name in programs)
+    """Builds the named programs that the cache lacks; a second caller waits rather than building them again."""
     for module, (ldflags, programs) in MODULES.items():
-        for name, package in programs.items():
-            if name in wanted and not program(name).exists():
-                with step(f"building {name}"):
-                    _go_build(module, ldflags, package, program(name))
+        for name in (name for name in programs if name in names and not program(name).exists()):
+            with locked("build"), step(f"building {name}"):
+                if not program(name).exists():
+                    go_build(HERE / "tools" / module, ldflags, programs[name], program(name))
 
 
-def _go_build(module: str, ldflags: str, package: str, target: Path) -> None:
+def go_build(module: Path, ldflags: str, package: str, target: Path) -> None:
+    """Builds one static program of the Go module in this folder."""
     target.parent.mkdir(parents=True, exist_ok=True)
     # -mod=readonly: go.sum is the pin, a build must not move it
     environment = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly -trimpath"}
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         built = Path(scratch) / target.name
         command = [str(_go()), "build", "-ldflags", ldflags, "-o", str(built), package]
-        subprocess.run(command, cwd=HERE / "tools" / module, env=environment, check=True)
+        subprocess.run(command, cwd=module, env=environment, check=True)
         built.rename(target)  # so that an interrupted build leaves nothing that looks finished
 
 

