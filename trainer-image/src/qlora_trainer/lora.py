@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from qlora_trainer.ops import GroupSpec, linear, register, weight_of
 from qlora_trainer.quant import Tables
 
+NUM_EXTRA = 8  # numbers behind the gradients that a step all-reduces with them (loss, flags)
+
 
 @dataclass(frozen=True)
 class GroupPlan:
@@ -130,7 +132,8 @@ class Adapter:
         self.num_a = sum(math.prod(shape) for shape in sizes_a)
         numel = sum(math.prod(shape) for shape in shapes)
         self.master = torch.zeros(numel, dtype=torch.float32, device=device)
-        self.grad = torch.zeros(numel, dtype=torch.float32, device=device)
+        self.reduced = torch.zeros(numel + NUM_EXTRA, dtype=torch.float32, device=device)
+        self.grad = self.reduced[:numel]
         self.work = self.master if dtype == torch.float32 else torch.zeros(numel, dtype=dtype, device=device)
         self.trainable: dict[str, nn.Parameter] = {}
         self.frozen: dict[str, Tensor] = {}
