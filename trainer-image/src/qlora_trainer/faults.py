@@ -1,0 +1,95 @@
+"""Scripted faults: a process reaches a named point at a named step and is stopped there, once.
+
+Off unless QLORA_FAULTS names a file; then the file holds one JSON object a line and may grow while the run goes on:
+
+    {"id": "7", "point": "backward", "step": 12, "ranks": [0], "action": "SIGKILL"}
+
+`step` and `ranks` left out match any, `pod` matches QLORA_POD_NAME. Actions: a signal's name (sent to this process),
+`agent:SIGTERM` (sent to the pod's PID 1), or `hold`: stand still until `FILE.ID.release` exists, so that a driver can
+kill whomever it wants at exactly this point. A process that reaches its fault first leaves `FILE.ID.RANK` with the
+time: a fault happens once, however often the worker restarts.
+"""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from qlora_api.run import ENV_POD_NAME
+
+ENV_FAULTS = "QLORA_FAULTS"
+ENV_AGENT_PID = "QLORA_AGENT_PID"
+POINTS = (
+    "data",
+    "forward",
+    "backward",
+    "all-reduce",
+    "optimizer",
+    "snapshot",
+    "header-write",
+    "upload",
+    "manifest",
+    "rendezvous",
+    "warm-up",
+)
+
+_plan: list[dict[str, Any]] = []
+_plan_stamp: tuple[int, int] | None = None
+
+
+def reach(point: str, step: int | None = None) -> None:
+    """Tell that this process is at `point` of `step`; returns unless a fault is scripted for it."""
+    file = os.environ.get(ENV_FAULTS)
+    if not file:
+        return
+    assert point in POINTS, f"unknown point {point}: one of {', '.join(POINTS)}"
+    for fault in _read_plan(Path(file)):
+        if _matches(fault, point, step) and _claim(Path(file), fault):
+            _happen(Path(file), fault)
+
+
+def _read_plan(file: Path) -> list[dict[str, Any]]:
+    global _plan, _plan_stamp
+    try:
+        stat = file.stat()
+    except FileNotFoundError:
+        return []
+    if _plan_stamp != (stat.st_mtime_ns, stat.st_size):
+        _plan = [json.loads(line) for line in file.read_text().splitlines() if line]
+        _plan_stamp = (stat.st_mtime_ns, stat.st_size)
+    return _plan
+
+
+def _matches(fault: dict[str, Any], point: str, step: int | None) -> bool:
+    if fault["point"] != point:
+        return False
+    if fault.get("step") is not None and fault["step"] != step:
+        return False
+    if fault.get("pod") is not None and fault["pod"] != os.environ.get(ENV_POD_NAME):
+        return False
+    return fault.get("ranks") is None or int(os.environ.get("RANK", "-1")) in fault["ranks"]
+
+
+def _claim(file: Path, fault: dict[str, Any]) -> bool:
+    owner = fault.get("pod") or os.environ.get("RANK", "x")
+    mark = file.with_name(f"{file.name}.{fault['id']}.{owner}")
+    try:
+        with mark.open("x") as claim:
+            claim.write(json.dumps({"time": time.time(), "pid": os.getpid()}))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _happen(file: Path, fault: dict[str, Any]) -> None:
+    action: str = fault.get("action", "hold")
+    if action == "hold":
+        release = file.with_name(f"{file.name}.{fault['id']}.release")
+        while not release.exists():
+            time.sleep(0.005)
+    elif action.startswith("agent:"):
+        os.kill(int(os.environ[ENV_AGENT_PID]), signal.Signals[action.removeprefix("agent:")])
+    else:
+        os.kill(os.getpid(), signal.Signals[action])

@@ -1,0 +1,17 @@
+"""Imported once by the fork server: workers are forked with all of this in memory, in milliseconds.
+
+Rules: imports only; nothing here may start a thread or touch a GPU (a CUDA context does not survive a fork).
+`torch._dynamo` belongs here because torch imports it, for seconds, at the first exception that it logs.
+"""
+
+import importlib
+import os
+
+from qlora_trainer.workers import DEFAULT_WORKER, ENV_WORKER, die_with_parent
+
+die_with_parent()
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # is_available() without a CUDA context
+
+for _name in ("torch", "torch.distributed", "torch._dynamo"):
+    importlib.import_module(_name)
+importlib.import_module(os.environ.get(ENV_WORKER, DEFAULT_WORKER).partition(":")[0])

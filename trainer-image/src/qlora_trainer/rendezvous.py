@@ -1,0 +1,143 @@
+"""Rendezvous for torch elastic whose authority is the coordinator (backend `qlora`).
+
+Rules: `next_rendezvous` reports READY and waits for a newer generation that contains this pod; `num_nodes_waiting` is 1
+once a newer one is being prepared and the workers stand at a step boundary (or cannot any more). Every generation has a
+TCPStore of its own on its first member: nobody hosts anything for longer than a generation. Whatever fails on the way
+in (a member that died meanwhile) leads back to waiting; nothing blocks longer than STORE_SECONDS.
+"""
+
+import logging
+import os
+import socket
+import time
+from datetime import timedelta
+
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousParameters
+from torch.distributed.elastic.rendezvous.api import RendezvousGracefulExitError, RendezvousStoreInfo
+
+from qlora_api.run import STORE_PORT, AgentState
+from qlora_trainer import faults
+from qlora_trainer.board import Board
+
+BACKEND = "qlora"
+STORE_SECONDS = 20.0
+_PORTS = 100
+
+log = logging.getLogger(__name__)
+_board: Board | None = None
+
+
+def use_board(board: Board) -> None:
+    """The board of this process's agent, for handlers that torch elastic creates."""
+    global _board
+    _board = board
+
+
+def create_handler(params: RendezvousParameters) -> RendezvousHandler:
+    """What torch elastic's registry calls for the backend `qlora`."""
+    if _board is None:
+        raise ValueError("backend qlora needs the agent of a trainer pod: start `python -m qlora_trainer.agent`")
+    return QloraRendezvous(_board, params.run_id, int(params.get("nproc_per_node", 1)))
+
+
+def plugin() -> object:
+    """Entry point of the group `torchrun.handlers`: returns the creator."""
+    return create_handler
+
+
+class QloraRendezvous(RendezvousHandler):
+    """One per agent; `board` is shared with the thread that talks to the coordinator."""
+
+    def __init__(self, board: Board, run_id: str, num_workers: int) -> None:
+        self._board, self._run_id, self._num_workers = board, run_id, num_workers
+        self._store: TCPStore | None = None
+
+    @property
+    def use_agent_store(self) -> bool:
+        """Workers meet at this generation's store: it outlives them, and no further port is needed."""
+        return True
+
+    def get_backend(self) -> str:
+        return BACKEND
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Stand until a generation with this pod is published and its store answers."""
+        self._store = None  # the store of the generation before goes with its last reference
+        started = time.monotonic()
+        while True:
+            self._board.set_state(AgentState.READY)
+            faults.reach("rendezvous")
+            found = None
+            while found is None:
+                if self._board.stopping:
+                    raise RendezvousGracefulExitError("this pod was told to stop")
+                found = self._board.await_generation(timeout=1.0)
+            generation, rank, view = found
+            self._board.join(generation)
+            host, port = view.members[0].address, STORE_PORT + generation % _PORTS
+            store = self._open_store(host, port, rank, len(view.members))
+            if store is not None:
+                break
+            log.warning("generation %d did not come together: back into the rendezvous", generation)
+        self._store = store
+        self._board.set_metric("rendezvous_seconds", time.monotonic() - started)
+        log.info("generation %d: node %d of %d, store %s:%d", generation, rank, len(view.members), host, port)
+        return RendezvousInfo(store, rank, len(view.members), RendezvousStoreInfo(host, port))
+
+    def num_nodes_waiting(self) -> int:
+        return int(self._board.may_end_workers(self._num_workers))
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        """Nothing to close: the coordinator decides when a run is over."""
+
+    def shutdown(self) -> bool:
+        self._store = None
+        return True
+
+    def _open_store(self, host: str, port: int, rank: int, num_nodes: int) -> TCPStore | None:
+        """The generation's store, or None when it is superseded or its host does not answer in time."""
+        deadline = time.monotonic() + STORE_SECONDS
+        while time.monotonic() < deadline and not self._board.superseded():
+            try:
+                if rank == 0:
+                    return _host_store(host, port, num_nodes)
+                _require_listener(host, port)
+                return TCPStore(
+                    host, port, num_nodes, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False
+                )
+            except (OSError, DistError) as error:
+                log.debug("store %s:%d: %s", host, port, error)
+                time.sleep(0.05)
+        return None
+
+
+def _host_store(host: str, port: int, num_nodes: int) -> TCPStore:
+    """A store that listens on this pod's own address alone; OSError while the port is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of 100 generations ago linger
+        listener.bind((host, port))
+        listener.listen(1024)
+        fd = os.dup(listener.fileno())  # the store closes it
+    return TCPStore(
+        host,
+        port,
+        num_nodes,
+        is_master=True,
+        timeout=timedelta(seconds=STORE_SECONDS),
+        wait_for_workers=False,
+        master_listen_fd=fd,
+    )
+
+
+def _require_listener(host: str, port: int) -> None:
+    """OSError unless somebody listens; TCPStore itself would block for its whole timeout."""
+    with socket.create_connection((host, port), timeout=1.0):
+        pass

@@ -1,0 +1,111 @@
+"""How a pod's worker processes come to life: preloaded in a fork server, tied to their agent, their output kept.
+
+Rules: a worker never outlives its agent (PR_SET_PDEATHSIG all along the line agent -> fork server -> worker); whatever
+it prints goes through the agent into the pod's log, and the last lines into its Termination.
+"""
+
+import ctypes
+import faulthandler
+import importlib
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from qlora_trainer.control import ENV_GENERATION, ENV_RUN_DIR, read_control
+
+PRELOAD = "qlora_trainer.preload"
+ENV_WORKER = "QLORA_WORKER"  # module:function that trains; for tests of the agent alone
+ENV_WARM_UP = "QLORA_WARM_UP"  # module:function run once before the pod is let in
+DEFAULT_WORKER = "qlora_trainer.train:main"
+DEFAULT_WARM_UP = "qlora_trainer.train:warm"
+_PR_SET_PDEATHSIG = 1
+_TAIL_BYTES = 6000
+
+
+def die_with_parent() -> None:
+    """SIGKILL for this process when the thread that started it ends. Linux only."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it ended before the call
+
+
+def work() -> None:
+    """Entry point under torch elastic, in a process forked from the warm server."""
+    die_with_parent()
+    run_dir = Path(os.environ[ENV_RUN_DIR])
+    _redirect_output(run_dir / f"log-{os.environ['LOCAL_RANK']}")
+    faulthandler.enable()
+    os.environ[ENV_GENERATION] = str(read_control(run_dir).generation)
+    _load(os.environ.get(ENV_WORKER, DEFAULT_WORKER))()
+
+
+def warm_up() -> None:
+    """Entry point of the warm child: everything a worker needs that may take long, before the pod is let in."""
+    die_with_parent()
+    _redirect_output(Path(os.environ[ENV_RUN_DIR]) / "log-0")
+    _load(os.environ.get(ENV_WARM_UP, DEFAULT_WARM_UP))()
+
+
+def _load(name: str) -> Callable[[], None]:
+    module, _, function = name.partition(":")
+    entry: Callable[[], None] = getattr(importlib.import_module(module), function)
+    return entry
+
+
+def _redirect_output(fifo: Path) -> None:
+    with fifo.open("wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+class OutputPump(threading.Thread):
+    """Passes a worker's output on to the pod's log and remembers its end."""
+
+    def __init__(self, run_dir: Path, local_rank: int) -> None:
+        super().__init__(name=f"output-{local_rank}", daemon=True)
+        path = run_dir / f"log-{local_rank}"
+        path.unlink(missing_ok=True)
+        os.mkfifo(path, 0o600)
+        self._fd = os.open(path, os.O_RDWR)  # both ends: it never sees the end of the file
+        self._tail: deque[bytes] = deque()
+        self._size = 0
+        self._read_at = time.monotonic()
+
+    def run(self) -> None:
+        while chunk := os.read(self._fd, 65536):
+            self._read_at = time.monotonic()
+            self._tail.append(chunk[-_TAIL_BYTES:])
+            self._size += len(self._tail[-1])
+            while self._size - len(self._tail[0]) >= _TAIL_BYTES:
+                self._size -= len(self._tail.popleft())
+            try:
+                os.write(2, chunk)
+            except OSError:
+                pass  # the container's log is gone; the tail stays useful
+
+    def clear(self) -> None:
+        """Forget the workers of the generation before."""
+        self._tail.clear()
+        self._size = 0
+
+    def tail(self, quiet_seconds: float = 0.02) -> str:
+        """The last lines, once the worker has been quiet for a moment (it is dead by now)."""
+        while time.monotonic() - self._read_at < quiet_seconds:
+            time.sleep(quiet_seconds / 4)
+        return b"".join(self._tail).decode(errors="replace")
+
+
+def num_oom_kills() -> int:
+    """How often the kernel killed a process of this container for memory; 0 where it can't be told."""
+    for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
+        try:
+            lines = Path(path).read_text().splitlines()
+        except OSError:
+            continue
+        return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+    return 0
