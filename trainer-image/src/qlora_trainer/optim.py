@@ -1,8 +1,8 @@
-"""The trainable state in flat buffers: masters, gradients, AdamW, schedule.
+"""AdamW over the adapter's flat buffers, the schedule, and the one all-reduce of a step.
 
-Rules: parameters of one learning rate lie one after the other in one float32 master, their gradients in one buffer
-whose tail carries the step's loss and flags, so that a step needs one all-reduce, AdamW a handful of kernels and a
-snapshot a handful of copies. The state is the same on every rank, bit for bit; nothing in it knows the world size.
+Rules: the optimizer sees the flat master, not its hundreds of parameters, so that a step is a handful of kernels and a
+snapshot a handful of copies; loss and flags travel behind the gradients. The state is the same on every rank, bit for
+bit, and nothing in it knows the world size.
 """
 
 import math
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from qlora_api.run import TrainConfig
 from qlora_api.types import TrainingSpec
 from qlora_trainer.errors import BadConfig
+from qlora_trainer.lora import NUM_EXTRA, Adapter
 
-_ALIGN = 64  # elements; every parameter starts on a cache line
 _CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 
@@ -33,62 +33,28 @@ def learning_rate_factor(spec: TrainingSpec, step: int, num_steps: int) -> float
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a parameter lies in its group's flat buffer."""
-
-    name: str
-    offset: int
-    shape: tuple[int, ...]
-
-
-@dataclass
-class _Group:
-    """Parameters of one learning rate."""
+class _Span:
+    """A stretch of the master buffer with one learning rate; `flat` and its gradient are views."""
 
     key: str
     rate: float  # times the run's learning rate
-    places: list[_Place]
-    flat: nn.Parameter  # master weights, float32
-
-    def view(self, flat: Tensor, place: _Place) -> Tensor:
-        return flat[place.offset : place.offset + math.prod(place.shape)].view(place.shape)
+    flat: nn.Parameter
 
 
 class Optimizer:
-    """AdamW over the trainable parameters, which become views of flat masters.
+    """AdamW over an adapter's flat master. Raises BadConfig when the chosen optimizer cannot work here."""
 
-    `trainable` maps names to float32 parameters; those without requires_grad (LoRA-FA's A) stay as they are.
-    Raises BadConfig when the chosen optimizer cannot work here.
-    """
+    NUM_FLAGS = 3
 
-    NUM_FLAGS = 2  # prepare, stop
-
-    def __init__(self, config: TrainConfig, trainable: Mapping[str, nn.Parameter], world_size: int) -> None:
+    def __init__(self, config: TrainConfig, adapter: Adapter, world_size: int) -> None:
+        assert 1 + self.NUM_FLAGS <= NUM_EXTRA
         self.spec = config.spec.training
-        learned = {name: parameter for name, parameter in trainable.items() if parameter.requires_grad}
-        assert learned and all(parameter.dtype == torch.float32 for parameter in learned.values())
-        device = next(iter(learned.values())).device
-        _require_possible(self.spec.optimizer, world_size, device)
-        self._groups = _group(learned, config.spec.lora.lora_plus_ratio)
-        self.numel = sum(group.flat.numel() for group in self._groups)
-        self._reduced = torch.zeros(self.numel + 1 + self.NUM_FLAGS, device=device)
-        self.gradients, self._tail = self._reduced[: self.numel], self._reduced[self.numel :]
-        self._attach(learned)
-        self._adam = _build_adam(self.spec, self._groups)
-
-    def _attach(self, learned: Mapping[str, nn.Parameter]) -> None:
-        """Make each parameter a view of its master and its gradient a view of the gradient buffer."""
-        start = 0
-        for group in self._groups:
-            flat_gradient = self.gradients[start : start + group.flat.numel()]
-            group.flat.grad = flat_gradient
-            for place in group.places:
-                parameter = learned[place.name]
-                master = group.view(group.flat.data, place)
-                master.copy_(parameter.data)
-                parameter.data = master
-                parameter.grad = group.view(flat_gradient, place)
-            start += group.flat.numel()
+        _require_possible(self.spec.optimizer, world_size, adapter.master.device)
+        first = adapter.num_a if adapter.freeze_a else 0  # LoRA-FA: A comes first and has no gradient
+        self._reduced = adapter.reduced[first : adapter.grad.numel() + 1 + self.NUM_FLAGS]
+        self.gradients, self._tail = adapter.grad[first:], adapter.reduced[adapter.grad.numel() :]
+        self._spans = _spans(adapter, first, config.spec.lora.lora_plus_ratio)
+        self._adam = _build_adam(self.spec, self._spans)
 
     def zero_grad(self) -> None:
         """Before the first micro batch of a step."""
@@ -100,13 +66,13 @@ class Optimizer:
 
     def set_flags(self, *flags: bool) -> None:
         """What this rank wants all ranks to know at the end of the step."""
-        self._tail[1:] = torch.tensor(flags, dtype=torch.float32)
+        self._tail[1 : 1 + self.NUM_FLAGS] = torch.tensor(flags, dtype=torch.float32)
 
     def all_reduce(self) -> tuple[float, list[bool]]:
         """Sum gradients, loss and flags over all ranks in one collective; loss and flags raised by anyone."""
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(self._reduced)
-        loss, *flags = self._tail.tolist()
+        loss, *flags = self._tail[: 1 + self.NUM_FLAGS].tolist()
         return loss, [flag > 0 for flag in flags]
 
     def step(self, step: int, num_steps: int) -> tuple[float, float]:
@@ -115,18 +81,18 @@ class Optimizer:
         if self.spec.max_grad_norm > 0:
             self.gradients.mul_((self.spec.max_grad_norm / (norm + _CLIP_EPSILON)).clamp(max=1.0))
         rate = self.spec.learning_rate * learning_rate_factor(self.spec, step, num_steps)
-        for settings, group in zip(self._adam.param_groups, self._groups, strict=True):
-            settings["lr"] = rate * group.rate
+        for settings, span in zip(self._adam.param_groups, self._spans, strict=True):
+            settings["lr"] = rate * span.rate
         self._adam.step()
         return norm.item(), rate
 
     def state(self) -> dict[str, Tensor]:
         """All that changes while training, flat, by name; the live tensors."""
         tensors = {}
-        for group in self._groups:
-            tensors[f"{group.key}.master"] = group.flat.data
-            for name in _moments(self._adam.state[group.flat]):
-                tensors[f"{group.key}.{name}"] = self._adam.state[group.flat][name]
+        for span in self._spans:
+            tensors[f"{span.key}.master"] = span.flat.data
+            for name in _moments(self._adam.state[span.flat]):
+                tensors[f"{span.key}.{name}"] = self._adam.state[span.flat][name]
         return tensors
 
     def load_state(self, state: Mapping[str, Tensor], num_updates: int) -> None:
@@ -136,32 +102,25 @@ class Optimizer:
             raise ValueError("the saved state does not fit this model and spec: it belongs to another run")
         for name, tensor in live.items():
             tensor.copy_(state[name])
-        for group in self._groups:
-            _set_updates(self._adam.state[group.flat], num_updates)
-
-    def layout(self) -> dict[str, list[tuple[str, int, tuple[int, ...]]]]:
-        """For each group name, offset (elements) and shape of its parameters: what is where in the flat state."""
-        return {group.key: [(p.name, p.offset, p.shape) for p in group.places] for group in self._groups}
+        for span in self._spans:
+            _set_updates(self._adam.state[span.flat], num_updates)
 
 
-def _group(learned: Mapping[str, nn.Parameter], plus_ratio: float) -> list[_Group]:
-    """B apart from the rest when LoRA+ (arXiv:2402.12354) gives it its own rate."""
-    apart = {name for name in learned if plus_ratio != 1 and ".lora_B." in name}
-    parts = [
-        ("base", 1.0, [n for n in learned if n not in apart]),
-        ("plus", plus_ratio, [n for n in learned if n in apart]),
-    ]
-    groups = []
-    for key, rate, names in parts:
-        if not names:
-            continue
-        places, offset = [], 0
-        for name in names:
-            places.append(_Place(name, offset, tuple(learned[name].shape)))
-            offset += -(-learned[name].numel() // _ALIGN) * _ALIGN
-        flat = nn.Parameter(torch.zeros(offset, device=learned[names[0]].device))
-        groups.append(_Group(key, rate, places, flat))
-    return groups
+def _spans(adapter: Adapter, first: int, plus_ratio: float) -> list[_Span]:
+    """One span, or three when LoRA+ (arXiv:2402.12354) gives B its own rate: A, B, DoRA's magnitudes."""
+    end = adapter.master.numel()
+    cuts = [("adapter", 1.0, first, end)]
+    if plus_ratio != 1:
+        num_b = sum(p.numel() for name, p in adapter.trainable.items() if ".lora_B." in name)
+        end_b = adapter.num_a + num_b
+        cuts = [("a", 1.0, first, adapter.num_a), ("b", plus_ratio, adapter.num_a, end_b), ("m", 1.0, end_b, end)]
+    spans = []
+    for key, rate, start, stop in cuts:
+        if start < stop:
+            flat = nn.Parameter(adapter.master[start:stop])
+            flat.grad = adapter.grad[start:stop]
+            spans.append(_Span(key, rate, flat))
+    return spans
 
 
 def _require_possible(name: str, world_size: int, device: torch.device) -> None:
@@ -174,14 +133,14 @@ def _require_possible(name: str, world_size: int, device: torch.device) -> None:
         raise BadConfig(f"optimizer {name} needs a CUDA GPU: use adamw")
 
 
-def _build_adam(spec: TrainingSpec, groups: list[_Group]) -> torch.optim.Optimizer:
+def _build_adam(spec: TrainingSpec, spans: list[_Span]) -> torch.optim.Optimizer:
     betas = (spec.adam_beta1, spec.adam_beta2)
-    parameters: list[dict[str, Any]] = [{"params": [group.flat]} for group in groups]
+    parameters: list[dict[str, Any]] = [{"params": [span.flat]} for span in spans]
     if spec.optimizer != "adamw":
         return _build_8bit(spec, parameters, betas)
     adam = torch.optim.AdamW(parameters, lr=spec.learning_rate, betas=betas, weight_decay=spec.weight_decay, fused=True)
-    for group in groups:  # made now, not at the first step: a snapshot of step 0 has the same layout as any other
-        flat = group.flat
+    for span in spans:  # made now, not at the first step: a snapshot of step 0 has the same layout as any other
+        flat = span.flat
         adam.state[flat] = {
             "step": torch.zeros((), device=flat.device),
             "exp_avg": torch.zeros_like(flat.data),

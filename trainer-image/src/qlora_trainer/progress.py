@@ -1,0 +1,166 @@
+"""What a worker tells its agent after every step, and when a checkpoint is due. The one place of the loop with a clock.
+
+Rules: the file is written after the step's snapshot was started; times are monotonic; rank 0 alone decides about the
+time-based checkpoint and tells the others with the flags of a step.
+"""
+
+import json
+import os
+import resource
+import time
+from collections import deque
+from typing import Any
+
+import torch
+
+from qlora_api.status import Artifacts, CheckpointStatus, Progress
+from qlora_trainer.control import Phase, WorkerEnv, WorkerState, write_worker_state
+from qlora_trainer.data import MicroBatch, Sequences
+from qlora_trainer.errors import StorageError
+from qlora_trainer.restore import Position
+from qlora_trainer.session import Session
+
+_WINDOW = 20  # steps that speed and ETA look back on
+
+
+class Reporter:
+    """Writes worker-LOCALRANK.json; keeps the clock and the measures."""
+
+    def __init__(self, env: WorkerEnv) -> None:
+        self.loss = self.rate = self.norm = 0.0
+        self._env = env
+        self._born = time.monotonic()
+        self._steps: deque[tuple[float, int]] = deque(maxlen=_WINDOW + 1)  # (time, tokens) after each step
+        self._saved_at = time.monotonic()
+        self._save_started: tuple[int, float] | None = None
+        self._measured: dict[str, float] = {}
+        self._state = WorkerState(generation=env.generation, pid=os.getpid())
+        self._trace_path = env.run_dir / f"trace-{env.rank}.jsonl" if env.trace else None
+        env.run_dir.mkdir(parents=True, exist_ok=True)
+        self._write()
+
+    def start(self, session: Session, position: Position) -> None:
+        """Set up and restored."""
+        self._measured["start_seconds"] = time.monotonic() - self._born
+        meta = session.data.samples.meta
+        self._measured["tokens_cut_share"] = meta.num_tokens_cut / max(1, meta.num_tokens + meta.num_tokens_cut)
+        self._steps.append((time.monotonic(), position.history.num_tokens))
+        self._update(session, position, phase=Phase.TRAINING)
+
+    def stepped(self, session: Session, position: Position) -> None:
+        """A step is done and its snapshot under way."""
+        error = session.checkpoints.collect()
+        self._note_save(session, error)
+        self._steps.append((time.monotonic(), position.history.num_tokens))
+        if len(self._steps) > 1:
+            self._measured["step_seconds"] = self._steps[-1][0] - self._steps[-2][0]
+        self._measured |= _memory(session.device)
+        self._update(session, position)
+
+    def evaluated(self, session: Session, position: Position) -> None:
+        """An evaluation is done; its time does not count as a step's."""
+        self._steps.clear()
+        self._steps.append((time.monotonic(), position.history.num_tokens))
+        self._update(session, position)
+
+    def parked(self, session: Session, position: Position) -> None:
+        """At a step boundary, to be ended."""
+        self._update(session, position, phase=Phase.PARKED)
+
+    def finished(self, artifacts: Artifacts) -> Artifacts:
+        """The manifest is in the bucket."""
+        progress = self._state.progress.model_copy(
+            update={"eval_loss": artifacts.eval_loss_after or self._state.progress.eval_loss, "eta_seconds": 0}
+        )
+        self._state = self._state.model_copy(
+            update={"phase": Phase.FINISHED, "artifacts": artifacts, "progress": progress}
+        )
+        self._write()
+        return artifacts
+
+    def alive(self) -> None:
+        """Something moves although no step is done."""
+        self._write()
+
+    def save_due(self, session: Session, position: Position) -> bool:
+        """Rank 0: whether the step under way ends with a durable checkpoint."""
+        spec, env = session.config.spec.checkpoint, session.env
+        if env.rank != 0:
+            return False
+        if spec.interval_steps is not None:
+            return (position.step + 1) % spec.interval_steps == 0
+        return not session.checkpoints.busy and time.monotonic() - self._saved_at >= spec.interval_seconds
+
+    def save_started(self, step: int, stall: float) -> None:
+        """A durable checkpoint is under way; the loop stood still for `stall` seconds."""
+        self._saved_at = time.monotonic()
+        self._save_started = (step, self._saved_at)
+        self._measured["checkpoint_stall_seconds"] = stall
+
+    def saved(self, session: Session, error: StorageError | None) -> None:
+        """A durable checkpoint ended."""
+        self._note_save(session, error)
+
+    def measured(self) -> dict[str, float]:
+        """Measures of the run so far, by the names of docs/metrics.md."""
+        speed = self._state.progress.tokens_per_second
+        return {**self._measured, **({"tokens_per_second": speed} if speed else {})}
+
+    def trace(self, micro: MicroBatch, sequences: Sequences) -> None:
+        """When asked for: which samples a step consumed."""
+        if self._trace_path is None or micro.dummy:
+            return
+        samples = [int(s) for sequence in micro.sequences for s in sequences.samples_of(sequence)]
+        line = {"generation": self._env.generation, "step": micro.step, "micro": micro.index, "samples": samples}
+        with self._trace_path.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+
+    def _note_save(self, session: Session, error: StorageError | None) -> None:
+        if error is not None:
+            self._measured["checkpoint_failures"] = session.checkpoints.num_failures
+            print(f"checkpoint failed, training goes on: {error}", flush=True)
+        newest = session.checkpoints.newest
+        if newest and self._save_started and newest.step == self._save_started[0]:
+            self._measured["checkpoint_seconds"] = time.monotonic() - self._save_started[1]
+            self._measured["checkpoint_failures"] = 0.0
+            self._save_started = None
+
+    def _update(self, session: Session, position: Position, phase: Phase | None = None) -> None:
+        checkpoint: CheckpointStatus | None = session.checkpoints.newest
+        self._state = self._state.model_copy(
+            update={
+                "phase": phase or self._state.phase,
+                "progress": self._progress(session, position),
+                "snapshot_step": position.step if session.snapshots else None,
+                "checkpoint": checkpoint or self._state.checkpoint,
+                "metrics": dict(self._measured),
+            }
+        )
+        self._write()
+
+    def _progress(self, session: Session, position: Position) -> Progress:
+        history, total = position.history, session.data.plan.num_steps
+        (first, tokens_before), (last, tokens) = self._steps[0], self._steps[-1]
+        seconds, steps = last - first, len(self._steps) - 1
+        return Progress(
+            step=position.step,
+            total_steps=total,
+            loss=self.loss if position.step and self.loss else (history.points[-1][1] if history.points else None),
+            eval_loss=history.eval_loss,
+            learning_rate=self.rate or None,
+            grad_norm=self.norm or None,
+            tokens=history.num_tokens,
+            tokens_per_second=(tokens - tokens_before) / seconds if steps else self._state.progress.tokens_per_second,
+            eta_seconds=round((total - position.step) * seconds / steps) if steps else self._state.progress.eta_seconds,
+        )
+
+    def _write(self) -> None:
+        write_worker_state(self._env.run_dir, self._env.local_rank, self._state)
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """Peaks of this process, bytes."""
+    measures: dict[str, Any] = {"host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}
+    if device.type == "cuda":
+        measures["gpu_memory_bytes"] = float(torch.cuda.max_memory_reserved(device))
+    return measures

@@ -1,0 +1,147 @@
+"""What a run tells about itself: the history of its losses, their picture, the model card.
+
+Rules: the history travels with the state (snapshots, checkpoints), so a restart loses none of it; it keeps at most
+MAX_POINTS training points, halving its resolution when it is full. Nothing here reads a clock.
+"""
+
+import io
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from qlora_api.run import TrainConfig
+
+MAX_POINTS = 1000
+
+
+@dataclass
+class History:
+    """Training points (step, loss, learning rate, gradient norm) and evaluations (step, loss), steps from 1."""
+
+    every: int = 1
+    points: list[tuple[int, float, float, float]] = field(default_factory=list)
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    num_tokens: int = 0  # trained on, padding not counted
+
+    def add(self, step: int, loss: float, rate: float, norm: float) -> None:
+        """One optimizer step."""
+        if step % self.every == 0:
+            self.points.append((step, round(loss, 6), float(f"{rate:.6g}"), float(f"{norm:.6g}")))
+        if len(self.points) > MAX_POINTS:
+            self.every *= 2
+            self.points = [point for point in self.points if point[0] % self.every == 0]
+
+    def add_evaluation(self, step: int, loss: float) -> None:
+        """One evaluation after `step` steps; one at the same step replaces the earlier."""
+        self.evaluations = [*(e for e in self.evaluations if e[0] != step), (step, round(loss, 6))]
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the evaluation after `step` steps is known."""
+        return any(at == step for at, _ in self.evaluations)
+
+    def stopped_improving(self, patience: int | None) -> bool:
+        """Whether the last `patience` evaluations brought no better loss than the ones before."""
+        if patience is None or len(self.evaluations) <= patience:
+            return False
+        losses = [loss for _, loss in self.evaluations]
+        return min(losses[-patience:]) >= min(losses[:-patience])
+
+    @property
+    def eval_loss_before(self) -> float | None:
+        return self.evaluations[0][1] if self.evaluations and self.evaluations[0][0] == 0 else None
+
+    @property
+    def eval_loss(self) -> float | None:
+        return self.evaluations[-1][1] if self.evaluations else None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of_json(cls, values: dict[str, Any]) -> "History":
+        points = [(int(s), float(loss), float(rate), float(norm)) for s, loss, rate, norm in values["points"]]
+        evaluations = [(int(step), float(loss)) for step, loss in values["evaluations"]]
+        return cls(int(values["every"]), points, evaluations, int(values["num_tokens"]))
+
+
+def loss_picture(history: History, title: str) -> bytes:
+    """PNG of training and evaluation loss over the steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    steps = [point[0] for point in history.points]
+    losses = [point[1] for point in history.points]
+    axes.plot(steps, losses, color="#9db7d5", linewidth=1, label="training")
+    axes.plot(steps, _smoothed(losses), color="#1f4e8c", linewidth=1.8, label="training, smoothed")
+    if history.evaluations:
+        at, values = zip(*history.evaluations, strict=True)
+        axes.plot(at, values, "o-", color="#c8501e", linewidth=1.5, markersize=5, label="evaluation")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=120)
+    return out.getvalue()
+
+
+def _smoothed(values: list[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    smooth, total, norm = [], 0.0, 0.0
+    for value in values:
+        total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
+        smooth.append(total / norm)
+    return smooth
+
+
+def model_card(config: TrainConfig, metrics: dict[str, Any], provenance: dict[str, Any]) -> str:
+    """README.md of the adapter, with the front matter that the hub reads."""
+    spec = config.spec
+    base = spec.model.uri.removeprefix("hf://")
+    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in metrics.items() if value is not None)
+    versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
+    return f"""---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-generation
+tags: [lora, qlora]
+---
+
+# {config.run.name}
+
+A LoRA adapter for `{base}`, trained with QLoRA on `{spec.dataset.uri}`.
+
+![loss](loss.png)
+
+| measure | value |
+|---|---|
+{rows}
+
+## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")
+```
+
+## How it was made
+
+| | |
+|---|---|
+| quantization | {spec.quantization.type}, double quantization {"on" if spec.quantization.double_quant else "off"}, \
+{spec.quantization.compute_dtype} |
+| LoRA | r {spec.lora.r}, alpha {spec.lora.alpha:g}, dropout {spec.lora.dropout:g}, \
+targets {", ".join(spec.lora.target_modules)} |
+| training | {metrics["steps"]} steps of {spec.training.global_batch_size} sequences of at most \
+{spec.training.max_length} tokens |
+| optimizer | {spec.training.optimizer}, {spec.training.lr_scheduler}, peak {spec.training.learning_rate:g} |
+| base digest | `{provenance["model_digest"]}` |
+| data digest | `{provenance["dataset_digest"]}` |
+| versions | {versions} |
+
+`manifest.json`, one folder up, lists every file with its size and sha256.
+"""

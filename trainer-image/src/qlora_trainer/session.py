@@ -1,0 +1,186 @@
+"""Everything a worker needs before its first step: group, sources, samples, model, optimizer, stores.
+
+Rules: what can be refused is refused before anything expensive; nothing here depends on the world size except the
+sharding of the base; the order of set-up is the order of the functions.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from qlora_api.layout import RunLayout
+from qlora_api.run import TrainConfig
+from qlora_trainer import faults
+from qlora_trainer.checkpoint import CheckpointWriter
+from qlora_trainer.control import WorkerEnv
+from qlora_trainer.data import BatchPlan, Sequences, build_sequences, hold_out
+from qlora_trainer.loader import PackedModel, ensure_packed
+from qlora_trainer.model import TrainableModel, build_model
+from qlora_trainer.optim import Optimizer
+from qlora_trainer.samples import SampleSet, ensure_samples
+from qlora_trainer.snapshot import SnapshotSlots
+from qlora_trainer.sources import Source, ensure_dataset, ensure_model
+from qlora_trainer.storage import ObjectStore, open_store
+from qlora_trainer.tokens import load_tokenizer, pad_id
+
+GROUP_TIMEOUT = timedelta(minutes=30)  # agents find lost peers in seconds; this is for nobody's agent
+_MICRO_TOKENS = 8192  # tokens of a forward pass when the spec leaves the micro batch open
+
+
+@dataclass(frozen=True)
+class Data:
+    """Samples with what is trained on and what is evaluated on."""
+
+    samples: SampleSet
+    sequences: Sequences
+    eval_samples: SampleSet
+    eval_sequences: Sequences
+    plan: BatchPlan
+    pad_id: int
+    digests: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a node needs on its disk before it is let in."""
+
+    model: Source
+    packed: PackedModel
+    data: Data
+
+
+@dataclass
+class Session:
+    """A worker that is ready to restore and train."""
+
+    config: TrainConfig
+    env: WorkerEnv
+    device: torch.device
+    mesh: DeviceMesh | None
+    data: Data
+    model: TrainableModel
+    optimizer: Optimizer
+    store: ObjectStore
+    layout: RunLayout
+    snapshots: SnapshotSlots | None  # local rank 0 only
+    checkpoints: CheckpointWriter
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0 writes what only one may write."""
+        return self.env.rank == 0
+
+
+@contextmanager
+def process_group(env: WorkerEnv) -> Iterator[DeviceMesh | None]:
+    """The members' group and its mesh; None for a single process. CPU tensors go through gloo, CUDA's through NCCL."""
+    if env.device_type == "cuda":
+        torch.cuda.set_device(env.local_rank)
+    if env.world_size == 1:
+        yield None
+        return
+    faults.reach("rendezvous")
+    where = {"store": env.store, "rank": env.rank, "world_size": env.world_size} if env.store else {}
+    backend = "cpu:gloo,cuda:nccl" if env.device_type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=GROUP_TIMEOUT, **where)
+    try:
+        yield init_device_mesh(env.device_type, (env.world_size,))
+    finally:
+        dist.destroy_process_group()
+
+
+def device_of(env: WorkerEnv) -> torch.device:
+    """This worker's device."""
+    return torch.device("cuda", env.local_rank) if env.device_type == "cuda" else torch.device("cpu")
+
+
+def open_output(config: TrainConfig, env: WorkerEnv) -> tuple[ObjectStore, RunLayout]:
+    """The store below the run's root, and its layout."""
+    output = config.spec.output
+    layout = RunLayout.of(output.uri, config.run)
+    return open_store(layout.root, output, env.secrets_dir / "output"), layout
+
+
+def prepare(config: TrainConfig, env: WorkerEnv) -> Prepared:
+    """Model, samples and packed base on this node's disk: also what an agent does while warming."""
+    model = ensure_model(config, env)
+    data = _prepare_data(config, env, model)
+    faults.reach("warm-up")
+    packed = ensure_packed(config, model.path, env.cache_dir, device_of(env))
+    return Prepared(model, packed, data)
+
+
+def _prepare_data(config: TrainConfig, env: WorkerEnv, model: Source) -> Data:
+    dataset, training = config.spec.dataset, config.spec.training
+    tokenizer = load_tokenizer(config, model.path)
+    source = ensure_dataset(dataset.uri, config, env, "dataset")
+    samples = ensure_samples(config, source, model, tokenizer, env)
+    digests = {"model_digest": model.digest, "dataset_digest": source.digest}
+    if dataset.eval_uri:
+        eval_source = ensure_dataset(dataset.eval_uri, config, env, "eval")
+        eval_samples = ensure_samples(config, eval_source, model, tokenizer, env, "evaluation set")
+        digests["eval_digest"] = eval_source.digest
+        chosen, held_out = np.arange(len(samples)), np.arange(len(eval_samples))
+    else:
+        eval_samples = samples
+        chosen, held_out = hold_out(len(samples), dataset.eval_fraction, training.seed)
+    sequences = build_sequences(samples, chosen, training.packing, training.max_length)
+    eval_sequences = build_sequences(eval_samples, held_out, training.packing, training.max_length)
+    plan = BatchPlan.of(
+        len(sequences),
+        training.seed,
+        training.global_batch_size,
+        micro_batch_size(config),
+        training.max_steps,
+        training.epochs,
+    )
+    return Data(samples, sequences, eval_samples, eval_sequences, plan, pad_id(tokenizer), digests)
+
+
+def micro_batch_size(config: TrainConfig) -> int:
+    """Sequences of a forward pass: the spec's, else the largest divisor of the global batch that fits _MICRO_TOKENS."""
+    training = config.spec.training
+    if training.micro_batch_size:
+        return training.micro_batch_size
+    most = max(1, _MICRO_TOKENS // training.max_length)
+    return max(n for n in range(1, training.global_batch_size + 1) if training.global_batch_size % n == 0 and n <= most)
+
+
+def set_up(config: TrainConfig, env: WorkerEnv, mesh: DeviceMesh | None) -> Session:
+    """All parts, the base verified byte by byte. Raises what the parts raise."""
+    prepared = prepare(config, env)
+    device = device_of(env)
+    model = build_model(config, prepared.packed, mesh, device, micro_batch_size(config))
+    model.verify()
+    optimizer = Optimizer(config, model.adapter, env.world_size)
+    store, layout = open_output(config, env)
+    group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT) if mesh is not None else None
+    cpu_mesh = init_device_mesh("cpu", (env.world_size,)) if mesh is not None else None
+    snapshots = SnapshotSlots(env.run_dir) if env.local_rank == 0 else None
+    checkpoints = CheckpointWriter(store, config.spec.checkpoint.keep, cpu_mesh, group)
+    return Session(config, env, device, mesh, prepared.data, model, optimizer, store, layout, snapshots, checkpoints)
+
+
+def all_gather(value: Any, env: WorkerEnv) -> list[Any]:
+    """Every rank's small value, by rank."""
+    if env.world_size == 1:
+        return [value]
+    values = [None] * env.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: Any, source: int, env: WorkerEnv) -> Any:
+    """The small value of rank `source`."""
+    if env.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]

@@ -1,0 +1,245 @@
+"""The worker, to be read top to bottom: set up, restore, evaluate, train step by step, publish.
+
+Rules: all ranks do the same collectives in the same order; what one rank wants (park, stop, save) travels with the
+gradients, so that all ranks act on it at the same step boundary; a state is never changed while a snapshot reads it.
+"""
+
+import math
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from qlora_api.run import CONFIG_PATH, Command, ExitCode, TrainConfig, parse_config
+from qlora_api.status import Artifacts
+from qlora_trainer import adapter, faults
+from qlora_trainer.control import WorkerEnv, read_control, read_worker_state, write_termination
+from qlora_trainer.data import MicroBatch, Sequences, collate, cut, num_targets, num_tokens, share
+from qlora_trainer.errors import BadConfig, Fenced, Stopped, StorageError, TrainerError, classify
+from qlora_trainer.progress import Reporter
+from qlora_trainer.restore import Position, restore
+from qlora_trainer.samples import SampleSet
+from qlora_trainer.session import Session, broadcast, open_output, process_group, set_up
+
+ENV_CONFIG = "QLORA_CONFIG"
+_PARKED_SECONDS = 0.05  # between looks at the agent that is to end us
+
+
+def main() -> None:
+    """Entry of a worker process: torch elastic's environment, the mounted configuration, an exit code that says why."""
+    env = WorkerEnv.of_environment()
+    code = run_guarded(Path(os.environ.get(ENV_CONFIG, CONFIG_PATH)), env)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a thread of a broken collective must not keep the process
+
+
+def run_guarded(config_path: Path, env: WorkerEnv) -> ExitCode:
+    """`run_worker`, its error turned into a termination file and an exit code."""
+    try:
+        run_worker(read_config(config_path), env)
+        return ExitCode.OK
+    except Exception as error:
+        state = read_worker_state(env.run_dir, env.local_rank)
+        termination = classify(error, env.rank, state.progress.step if state else 0)
+        write_termination(env.run_dir, env.local_rank, termination)
+        print(termination.log_tail or termination.message, file=sys.stderr)
+        return ExitCode(termination.exit_code)
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The mounted configuration. Raises BadConfig."""
+    try:
+        return parse_config(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadConfig(f"{path} cannot be read: {error}") from error
+
+
+def run_worker(config: TrainConfig, env: WorkerEnv) -> Artifacts:
+    """Train until the adapter is published (or was), on this rank. Ends with an error when it must end otherwise."""
+    reporter = Reporter(env)
+    with process_group(env) as mesh:
+        if published := _published(config, env):
+            return reporter.finished(published)
+        session = set_up(config, env, mesh)
+        position = restore(session)
+        reporter.start(session, position)
+        _snapshot(session, position)
+        _train(session, position, reporter)
+        artifacts = _publish(session, position, reporter)
+    return reporter.finished(artifacts)
+
+
+def _published(config: TrainConfig, env: WorkerEnv) -> Artifacts | None:
+    found = adapter.find_published(open_output(config, env)[0]) if env.rank == 0 else None
+    result: Artifacts | None = broadcast(found, 0, env)
+    return result
+
+
+def _train(session: Session, position: Position, reporter: Reporter) -> None:
+    """Evaluate and step until the run's end; returns with the final evaluation done."""
+    training, num_steps = session.config.spec.training, session.data.plan.num_steps
+    while True:
+        if _evaluation_due(session, position):
+            _evaluate(session, position, reporter)
+        if position.step >= num_steps or position.history.stopped_improving(training.early_stopping_patience):
+            break
+        prepare, stop, save = _step(session, position, reporter)
+        _snapshot(session, position)
+        if save:
+            _save(session, position, reporter)
+        reporter.stepped(session, position)
+        if prepare or stop:
+            _park(session, position, reporter, stop)
+
+
+def _step(session: Session, position: Position, reporter: Reporter) -> list[bool]:
+    """One optimizer step over the whole world; the flags that any rank raised: prepare, stop, save."""
+    step, data, optimizer, env = position.step, session.data, session.optimizer, session.env
+    batch = data.plan.global_batch(step)
+    targets = num_targets(batch, data.sequences)
+    optimizer.zero_grad()
+    for micro in share(batch, env.rank, env.world_size):
+        loss = _loss(session, micro, data.samples, data.sequences, targets)
+        faults.reach("backward", step)
+        loss.backward()
+        optimizer.add_loss(loss)
+        reporter.trace(micro, data.sequences)
+    optimizer.set_flags(*_wishes(session), reporter.save_due(session, position))
+    faults.reach("all-reduce", step)
+    loss_value, flags = optimizer.all_reduce()
+    if session.snapshots:
+        session.snapshots.wait()  # the state of the step before is safe before it changes
+    faults.reach("optimizer", step)
+    norm, rate = optimizer.step(step, data.plan.num_steps)
+    if not (math.isfinite(loss_value) and math.isfinite(norm)):
+        raise TrainerError(f"step {step + 1}: loss {loss_value}, gradient norm {norm}: lower training.learningRate")
+    position.step += 1
+    position.history.num_tokens += num_tokens(batch, data.sequences, data.samples)
+    position.history.add(position.step, loss_value, rate, norm)
+    reporter.loss, reporter.rate, reporter.norm = loss_value, rate, norm
+    return flags
+
+
+def _loss(session: Session, micro: MicroBatch, samples: SampleSet, sequences: Sequences, targets: int) -> torch.Tensor:
+    """The micro batch's share of a loss that is averaged over `targets` tokens."""
+    faults.reach("data", micro.step)
+    training = session.config.spec.training
+    arrays = collate(micro, sequences, samples, session.data.pad_id, training.max_length)
+    ids, labels, positions = map(torch.from_numpy, (arrays.input_ids, arrays.labels, arrays.position_ids))
+    session.model.set_step_seed(training.seed, micro.step, micro.index)
+    faults.reach("forward", micro.step)
+    return session.model.loss(ids, labels, positions, targets)
+
+
+def _wishes(session: Session) -> tuple[bool, bool]:
+    """What this pod's agent wants: (prepare a change of members, stop)."""
+    control = read_control(session.env.run_dir)
+    newest = max(control.prepare, control.generation)
+    return newest > session.env.generation, control.command == Command.STOP
+
+
+def _evaluation_due(session: Session, position: Position) -> bool:
+    if not len(session.data.eval_sequences) or position.history.has_evaluation(position.step):
+        return False
+    interval = session.config.spec.training.eval_interval_steps
+    ends = position.step in (0, session.data.plan.num_steps)
+    return ends or (interval is not None and position.step % interval == 0)
+
+
+@torch.no_grad()
+def _evaluate(session: Session, position: Position, reporter: Reporter) -> None:
+    """Mean loss over the evaluation tokens; given up for a wish of an agent and then done again after it."""
+    data, env = session.data, session.env
+    batch = cut(range(len(data.eval_sequences)), data.plan.micro_batch_size, position.step)
+    targets = num_targets(batch, data.eval_sequences)
+    total = torch.zeros(3)
+    session.model.eval()
+    for micro in share(batch, env.rank, env.world_size):
+        loss = _loss(session, micro, data.eval_samples, data.eval_sequences, targets)
+        prepare, stop = _wishes(session)
+        part = torch.tensor([float(loss), prepare, stop])
+        if env.world_size > 1:
+            torch.distributed.all_reduce(part)
+        total += part
+        reporter.alive()
+        if part[1:].any():
+            _park(session, position, reporter, bool(part[2]))
+    session.model.train()
+    position.history.add_evaluation(position.step, float(total[0]))
+    _snapshot(session, position)
+    reporter.evaluated(session, position)
+
+
+def _snapshot(session: Session, position: Position) -> None:
+    """Start copying the state into this pod's memory tier."""
+    if session.snapshots:
+        state, extra = session.optimizer.state(), position.to_extra(session)
+        session.snapshots.write(position.step, session.env.generation, state, extra)
+
+
+def _save(session: Session, position: Position, reporter: Reporter) -> None:
+    """Start a durable checkpoint; one that failed is told and tried again at the next interval."""
+    started = time.monotonic()
+    error = session.checkpoints.collect(wait=True)
+    reporter.saved(session, error)
+    state, extra = session.optimizer.state(), position.to_extra(session)
+    session.checkpoints.save(position.step, session.env.generation, state, extra)
+    reporter.save_started(position.step, time.monotonic() - started)
+
+
+def _park(session: Session, position: Position, reporter: Reporter, stop: bool) -> None:
+    """Stand still at a step boundary with everything saved; never returns."""
+    if session.snapshots:
+        session.snapshots.wait()
+    if stop:
+        newest = session.checkpoints.newest
+        if position.step and (newest is None or newest.step != position.step):
+            _save(session, position, reporter)
+            session.checkpoints.finish()
+            reporter.saved(session, None)
+        reporter.parked(session, position)
+        raise Stopped(f"stopped after step {position.step}; a checkpoint of it is in the bucket")
+    reporter.parked(session, position)
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(_PARKED_SECONDS)
+    raise Fenced("the agent is gone while this worker was parked")
+
+
+def _publish(session: Session, position: Position, reporter: Reporter) -> Artifacts:
+    """Rank 0 writes, verifies and uploads the adapter; all ranks learn of it."""
+    try:
+        session.checkpoints.finish()
+    except StorageError as error:
+        reporter.saved(session, error)  # the adapter comes next: it decides
+    artifacts = _write_and_upload(session, position, reporter) if session.is_first else None
+    result: Artifacts = broadcast(artifacts, 0, session.env)
+    return result
+
+
+def _write_and_upload(session: Session, position: Position, reporter: Reporter) -> Artifacts:
+    config, model = session.config, session.model
+
+    def fence() -> None:
+        if read_control(session.env.run_dir).generation > session.env.generation:
+            raise Fenced("a newer generation exists: it publishes the adapter")
+
+    metrics = adapter.metrics_of(position.history, position.step, reporter.measured())
+    provenance = adapter.provenance_of(config, session.data.digests)
+    with tempfile.TemporaryDirectory(prefix="adapter-") as name:
+        folder = Path(name)
+        tensors = {**model.trainable, **model.frozen}
+        adapter.write_adapter(config, tensors, model.hf_config, folder)
+        adapter.write_report(config, position.history, metrics, provenance, folder)
+        faults.reach("upload", position.step)
+        return adapter.publish(
+            session.store, session.layout, folder, session.env.generation, metrics, provenance, fence
+        )
+
+
+if __name__ == "__main__":
+    main()
