@@ -6,7 +6,7 @@ edges carry out in the order status, membership, actions, events.
 
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from qlora_api.names import Reason
 from qlora_api.run import Membership, Report, RunIdentity, Termination
@@ -14,6 +14,23 @@ from qlora_api.status import QLoRAFinetuneStatus
 from qlora_api.types import QLoRAFinetuneSpec
 
 Manifest = dict[str, Any]
+
+
+class Key(NamedTuple):
+    """Where a run is found."""
+
+    namespace: str
+    name: str
+
+
+@dataclass(frozen=True)
+class PodIdentity:
+    """Whose token it is, in the API server's words."""
+
+    namespace: str
+    account: str
+    pod_name: str
+    pod_uid: str
 
 
 @dataclass(frozen=True)
@@ -34,6 +51,7 @@ class Exit:
     code: int
     reason: str = ""  # the runtime's word: Error, OOMKilled, ContainerStatusUnknown
     termination: Termination | None = None  # its termination message, when it is one of ours
+    message: str = ""  # its termination message, when it is not
 
 
 @dataclass(frozen=True)
@@ -91,22 +109,34 @@ class Refusal:
     message: str
 
 
-@dataclass(frozen=True)
-class Observed:
-    """All that a decision depends on."""
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What the API server knows of a run."""
 
-    now: datetime
     run: Run
     status: QLoRAFinetuneStatus
     pods: tuple[Pod, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heard:
+    """What the coordinator knows of a run from its agents."""
+
     agents: tuple[Agent, ...] = ()
-    refusals: tuple[Refusal, ...] = ()
     prepare_age: float | None = None  # since this process announced the change under way
     generation_age: float = 0.0  # since this process has known the generation
     heard_age: float = 0.0  # since this process first heard any agent of the run; 0: never
     listening_age: float = 0.0  # since this process has known the run
     step_age: float = 0.0  # since this process saw the step advance
     median_step: float | None = None  # seconds a step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed(Seen, Heard):
+    """All that a decision depends on."""
+
+    now: datetime
+    refusals: tuple[Refusal, ...] = ()
 
 
 # Actions, in the order in which they are carried out.

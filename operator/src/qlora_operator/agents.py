@@ -1,0 +1,184 @@
+"""What the agents' reports say about a run: who is alive, who may be a member, how far it is, how workers ended.
+
+An agent is alive while its lease runs; a broken connection shortens the lease. After the operator's own restart nobody
+has reported yet: members whose pods are there are presumed alive until they had time to find the new process.
+"""
+
+from collections.abc import Iterable
+
+from qlora_api.names import Reason
+from qlora_api.run import AgentState, ExitCode
+from qlora_api.status import Artifacts, CheckpointStatus, Member, Progress, Slot
+from qlora_operator import failure
+from qlora_operator.failure import Ending
+from qlora_operator.membership import Candidate, View
+from qlora_operator.settings import Settings
+from qlora_operator.state import Agent, Observed, Pod
+
+CANDIDATES = (AgentState.READY, AgentState.RUNNING, AgentState.FAILED, AgentState.FINISHED)
+_UNHEARD_FACTOR = 3  # a silent run after the operator's restart: so many times silent_seconds
+
+
+def agent_of(o: Observed, pod: Pod) -> Agent | None:
+    """The agent of this very pod."""
+    return next((agent for agent in o.agents if agent.pod_uid == pod.uid), None)
+
+
+def is_alive(agent: Agent, settings: Settings) -> bool:
+    """Whether its lease runs."""
+    if agent.dropped is not None and agent.dropped >= settings.drop_seconds:
+        return False
+    return agent.age <= settings.lease_seconds
+
+
+def is_member(o: Observed, pod_uid: str) -> bool:
+    """Whether the pod is in the current generation."""
+    return any(member.pod_uid == pod_uid for member in o.status.members)
+
+
+def silence(o: Observed, pod: Pod) -> float:
+    """Seconds for which a pod that should report has not; 0 for one that never did and need not yet."""
+    agent = agent_of(o, pod)
+    if agent is not None:
+        return agent.age
+    if not is_member(o, pod.uid):
+        return 0.0
+    return max(o.heard_age, o.listening_age / _UNHEARD_FACTOR)
+
+
+def current_pods(o: Observed, slots: Iterable[Slot]) -> tuple[Pod, ...]:
+    """The live pods that hold a wanted place, by place."""
+    places = {(slot.index, slot.incarnation) for slot in slots if slot.index < o.run.spec.elastic_policy.max_nodes}
+    held = [pod for pod in o.pods if (pod.index, pod.incarnation) in places and pod.live]
+    return tuple(sorted(held, key=lambda pod: pod.index))
+
+
+def candidates(o: Observed, slots: Iterable[Slot], settings: Settings) -> tuple[Candidate, ...]:
+    """Those who may be members of the next generation, or are members of this one."""
+    found = (_candidate(o, pod, settings) for pod in current_pods(o, slots) if not pod.ended)
+    return tuple(candidate for candidate in found if candidate is not None)
+
+
+def _candidate(o: Observed, pod: Pod, settings: Settings) -> Candidate | None:
+    agent = agent_of(o, pod)
+    if agent is None:
+        return _presumed(o, pod, settings)
+    report = agent.report
+    if not is_alive(agent, settings) or report.state not in CANDIDATES:
+        return None
+    if report.state != AgentState.READY and not is_member(o, pod.uid):
+        return None
+    return Candidate(
+        Member(pod_uid=pod.uid, pod_name=pod.name, address=report.address, node_name=pod.node),
+        pod.index,
+        report.state,
+        report.generation,
+        report.known_generation,
+        agent.dropped is None and agent.age <= settings.fresh_seconds,
+    )
+
+
+def _presumed(o: Observed, pod: Pod, settings: Settings) -> Candidate | None:
+    """A member that this process has not heard yet and that may still be looking for it."""
+    member = next((member for member in o.status.members if member.pod_uid == pod.uid), None)
+    if member is None or silence(o, pod) > settings.lease_seconds:
+        return None
+    generation = o.status.generation
+    return Candidate(member, pod.index, AgentState.RUNNING, generation, generation, fresh=False)
+
+
+def view_of(o: Observed, slots: list[Slot], settings: Settings) -> View:
+    """What the membership depends on."""
+    policy = o.run.spec.elastic_policy
+    found = candidates(o, slots, settings)
+    standing = {candidate.member.pod_uid for candidate in found if candidate.standing}
+    blocked = sum(pod.trouble is not None for pod in current_pods(o, slots)) + len(o.refusals)
+    return View(
+        generation=o.status.generation,
+        members=tuple(o.status.members),
+        candidates=found,
+        min_nodes=policy.min_nodes,
+        max_nodes=policy.max_nodes,
+        expected=max(policy.max_nodes - blocked, policy.min_nodes),
+        prepare_age=o.prepare_age,
+        longest_standing=max((agent.state_age for agent in o.agents if agent.pod_uid in standing), default=0.0),
+        hung=is_hung(o, settings),
+        settle_seconds=settings.settle_seconds,
+        start_wait_seconds=settings.start_wait_seconds,
+    )
+
+
+def is_hung(o: Observed, settings: Settings) -> bool:
+    """All members run, none of them steps."""
+    return all_run(o) and min(o.step_age, o.generation_age) > hang_limit(o, settings)
+
+
+def all_run(o: Observed) -> bool:
+    """Every member reports that its workers of this generation run."""
+    generation = o.status.generation
+    running = {
+        agent.pod_uid
+        for agent in o.agents
+        if agent.report.state == AgentState.RUNNING and agent.report.generation == generation
+    }
+    return generation > 0 and all(member.pod_uid in running for member in o.status.members)
+
+
+def hang_limit(o: Observed, settings: Settings) -> float:
+    """Seconds without a step that mean a hang: the deadline, or many median steps; the end of a run takes its time."""
+    deadline = float(o.run.spec.progress_deadline_seconds)
+    progress = o.status.progress
+    if o.median_step is None or (progress.total_steps and progress.step >= progress.total_steps):
+        return deadline
+    return min(deadline, max(settings.hang_floor_seconds, settings.hang_factor * o.median_step))
+
+
+def _heard_members(o: Observed) -> list[Agent]:
+    """Agents of members that speak of this generation."""
+    generation = o.status.generation
+    return [agent for agent in o.agents if is_member(o, agent.pod_uid) and agent.report.generation == generation]
+
+
+def newest_progress(o: Observed) -> Progress:
+    """The members' furthest progress; what status says while nobody reports any."""
+    reports = [agent.report.progress for agent in _heard_members(o) if agent.report.progress is not None]
+    return max(reports, key=lambda progress: progress.step, default=o.status.progress)
+
+
+def newest_checkpoint(o: Observed) -> CheckpointStatus | None:
+    """The newest complete checkpoint that anyone knows of; it never goes back."""
+    known = [agent.report.checkpoint for agent in o.agents if agent.report.checkpoint is not None]
+    if o.status.checkpoint is not None:
+        known.append(o.status.checkpoint)
+    return max(known, key=lambda checkpoint: checkpoint.step, default=None)
+
+
+def artifacts(o: Observed) -> Artifacts | None:
+    """What a finished member says it has uploaded."""
+    finished = (a.report.artifacts for a in o.agents if a.report.state == AgentState.FINISHED)
+    return next((found for found in finished if found is not None), None)
+
+
+def ends_of_generation(o: Observed, slots: Iterable[Slot], settings: Settings) -> tuple[Ending, ...]:
+    """How members' workers of this very generation ended, those of pods that still hold their place.
+
+    That workers lost a peer explains nothing when a member is gone: its own end is judged with its place.
+    """
+    present = {candidate.member.pod_uid for candidate in candidates(o, slots, settings)}
+    someone_gone = any(member.pod_uid not in present for member in o.status.members)
+    ends = []
+    for pod in current_pods(o, slots):
+        agent = agent_of(o, pod)
+        if agent is None or agent.failure is None or not is_member(o, pod.uid):
+            continue
+        followed = someone_gone and agent.failure.exit_code == ExitCode.LOST_PEER
+        if agent.failure_generation == o.status.generation and not followed:
+            ends.append(failure.of_termination(pod.name, pod.node, agent.failure))
+    if is_hung(o, settings):
+        seconds = int(hang_limit(o, settings))
+        ends.append(Ending("", "", Reason.HUNG, int(ExitCode.INTERNAL), f"no step for {seconds} s.", step=_step(o)))
+    return tuple(ends)
+
+
+def _step(o: Observed) -> int:
+    return newest_progress(o).step

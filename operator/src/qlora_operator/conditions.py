@@ -1,0 +1,132 @@
+"""Conditions, the state word, and the events that follow from how status changed. Pure."""
+
+from datetime import datetime
+from typing import Literal
+
+from qlora_api.names import ConditionType, Reason
+from qlora_api.status import Condition, QLoRAFinetuneStatus, State
+from qlora_operator.state import Event, Observed, Trouble
+
+WARNINGS = frozenset(
+    {
+        Reason.UNSCHEDULABLE,
+        Reason.QUOTA_EXCEEDED,
+        Reason.IMAGE_PULL_FAILED,
+        Reason.MISSING_SECRET,
+        Reason.TOO_FEW_NODES,
+        Reason.INVALID_SPEC,
+    }
+)
+_SEVERITY = (
+    Reason.INVALID_SPEC,
+    Reason.QUOTA_EXCEEDED,
+    Reason.MISSING_SECRET,
+    Reason.IMAGE_PULL_FAILED,
+    Reason.UNSCHEDULABLE,
+)
+
+
+def find(status: QLoRAFinetuneStatus, kind: ConditionType) -> Condition | None:
+    """The condition of this type, or None while it never was."""
+    return next((condition for condition in status.conditions if condition.type == kind), None)
+
+
+def is_true(status: QLoRAFinetuneStatus, kind: ConditionType) -> bool:
+    """Whether the condition holds."""
+    condition = find(status, kind)
+    return condition is not None and condition.status == "True"
+
+
+def put(
+    status: QLoRAFinetuneStatus,
+    kind: ConditionType,
+    value: bool | None,
+    reason: Reason,
+    message: str,
+    now: datetime,
+) -> QLoRAFinetuneStatus:
+    """Status with this condition; its transition time changes with its value only. None: Unknown."""
+    word: Literal["True", "False", "Unknown"] = "Unknown" if value is None else "True" if value else "False"
+    old = find(status, kind)
+    since = old.last_transition_time if old is not None and old.status == word else now
+    fresh = Condition(
+        type=kind,
+        status=word,
+        reason=reason,
+        message=message[:32768],
+        last_transition_time=since,
+        observed_generation=status.observed_generation,
+    )
+    if old is None:
+        return status.model_copy(update={"conditions": [*status.conditions, fresh]})
+    kept = [fresh if condition.type == kind else condition for condition in status.conditions]
+    return status.model_copy(update={"conditions": kept})
+
+
+def is_over(status: QLoRAFinetuneStatus) -> bool:
+    """Complete or Failed: for good."""
+    return is_true(status, ConditionType.COMPLETE) or is_true(status, ConditionType.FAILED)
+
+
+def state_word(status: QLoRAFinetuneStatus, heard: bool) -> State:
+    """One word for `kubectl get`. `heard`: an agent of a current pod has reported."""
+    if is_true(status, ConditionType.COMPLETE):
+        return State.SUCCEEDED
+    if is_true(status, ConditionType.FAILED):
+        return State.FAILED
+    if is_true(status, ConditionType.SUSPENDED):
+        return State.SUSPENDED
+    if is_true(status, ConditionType.RUNNING):
+        return State.RUNNING
+    if has_started(status):
+        return State.WAITING
+    return State.STARTING if heard else State.PENDING
+
+
+def epoch(status: QLoRAFinetuneStatus, now: datetime) -> datetime:
+    """When the run started or was last resumed: deadlines count from here."""
+    suspended = find(status, ConditionType.SUSPENDED)
+    if suspended is not None and suspended.status == "False":
+        return suspended.last_transition_time
+    return status.start_time or now
+
+
+def has_started(status: QLoRAFinetuneStatus) -> bool:
+    """Whether it has trained since its epoch."""
+    running = find(status, ConditionType.RUNNING)
+    if running is None or status.start_time is None:
+        return False
+    return running.status == "True" or running.last_transition_time > epoch(status, status.start_time)
+
+
+def worst_trouble(o: Observed) -> Trouble | None:
+    """What keeps pods from starting; the one that a person should look at first."""
+    troubles = [refusal_trouble(refusal.status, refusal.message) for refusal in o.refusals]
+    troubles += [pod.trouble for pod in o.pods if pod.trouble is not None and pod.live]
+    return min(troubles, key=lambda trouble: _SEVERITY.index(trouble.reason), default=None)
+
+
+def refusal_trouble(status: int, message: str) -> Trouble:
+    """Why the API server does not create a pod."""
+    if status == 403 and "exceeded quota" in message:
+        return Trouble(Reason.QUOTA_EXCEEDED, f"{message}. Raise the ResourceQuota or lower elasticPolicy.maxNodes.")
+    return Trouble(
+        Reason.INVALID_SPEC,
+        f"the API server refuses the run's pods: {message}. Correct podTemplate, resourcesPerNode or the name-space's"
+        " pod security level in a new QLoRAFinetune.",
+    )
+
+
+def events_between(old: QLoRAFinetuneStatus, new: QLoRAFinetuneStatus) -> tuple[Event, ...]:
+    """What a person reads in `kubectl describe`: changes of conditions and of members."""
+    events = []
+    for condition in new.conditions:
+        before = next((c for c in old.conditions if c.type == condition.type), None)
+        if before is None or (before.status, before.reason) != (condition.status, condition.reason):
+            failed = condition.type == ConditionType.FAILED or condition.reason in WARNINGS
+            kind: Literal["Normal", "Warning"] = "Warning" if failed else "Normal"
+            events.append(Event(condition.reason, condition.message or condition.type, kind))
+    if new.generation > old.generation:
+        names = ", ".join(member.pod_name for member in new.members)
+        events.append(Event(Reason.MEMBERS_CHANGED, f"generation {new.generation}: {names}"))
+    return tuple(events)

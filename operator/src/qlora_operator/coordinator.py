@@ -1,0 +1,157 @@
+"""The endpoint that agents report to and read their membership from: HTTPS, one held call an agent.
+
+* Whose report it is follows from its token alone (TokenReview, kept for a short time): a pod of this run's service
+  account. Agents need no right at the API server.
+* A call is answered at once when the answer is news to the agent, else after `wait_seconds`, at most a third of the
+  lease: it is heartbeat, progress and membership in one. A connection that breaks while it is held is noted.
+* A new generation is told only after the status that holds it was written (`publish` is called then).
+"""
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable
+
+from aiohttp import ClientError, web
+from pydantic import ValidationError
+
+from qlora_api import names
+from qlora_api.run import SYNC_PATH, Membership, Report
+from qlora_operator.settings import Settings
+from qlora_operator.state import Heard, Key, PodIdentity
+from qlora_operator.table import RunTable, is_newer, stop_answer
+
+log = logging.getLogger(__name__)
+Reviewer = Callable[[str], Awaitable[PodIdentity | None]]
+_TRUSTED_SECONDS, _REFUSED_SECONDS, _STALE_SECONDS = 30.0, 2.0, 600.0
+_MAX_REPORT_BYTES = 64 * 1024
+_CACHED_TOKENS = 10_000
+
+
+class Coordinator:
+    """All runs' tables behind one web application."""
+
+    def __init__(self, settings: Settings, review: Reviewer, wake: Callable[[Key], None]) -> None:
+        self._settings, self._review, self._wake = settings, review, wake
+        self._tables: dict[Key, RunTable] = {}
+        self._gone: set[Key] = set()
+        self._news: dict[Key, asyncio.Event] = {}
+        self._tokens: dict[bytes, tuple[float, PodIdentity | None]] = {}
+        self.ready = False
+
+    # What the reconciler uses.
+
+    def heard(self, key: Key) -> Heard:
+        """What the run's agents said, with ages as of now."""
+        return self._table(key).heard(time.monotonic())
+
+    def publish(self, key: Key, answer: Membership, pod_uids: Iterable[str]) -> None:
+        """Tell the run's agents; `pod_uids` are the pods that exist."""
+        table = self._table(key)
+        self._gone.discard(key)
+        table.keep(pod_uids, time.monotonic())
+        if table.publish(answer, time.monotonic()):
+            self._announce(key)
+
+    def forget(self, key: Key) -> None:
+        """The run is gone: whoever still asks is told to stop."""
+        self._tables.pop(key, None)
+        self._gone.add(key)
+        self._announce(key)
+
+    def tables(self) -> dict[Key, RunTable]:
+        """For metrics."""
+        return self._tables
+
+    # The web application.
+
+    def application(self) -> web.Application:
+        """Routes of the HTTPS port."""
+        app = web.Application(client_max_size=_MAX_REPORT_BYTES)
+        app.router.add_post(SYNC_PATH, self._sync)
+        app.router.add_get("/healthz", self.healthz)
+        app.router.add_get("/readyz", self.readyz)
+        return app
+
+    async def healthz(self, _: web.Request) -> web.Response:
+        return web.Response(text="ok")
+
+    async def readyz(self, _: web.Request) -> web.Response:
+        return web.Response(text="ok" if self.ready else "starting", status=200 if self.ready else 503)
+
+    async def _sync(self, request: web.Request) -> web.Response:
+        key = Key(request.match_info["namespace"], request.match_info["name"])
+        pod = await self._identify(request)
+        if (pod.namespace, pod.account) != (key.namespace, names.config_name(key.name)):
+            raise web.HTTPForbidden(text=f"the token of {pod.pod_name} is not of a pod of run {key.name}")
+        try:
+            report = Report.model_validate_json(await request.read())
+        except ValidationError as error:
+            raise web.HTTPBadRequest(text=f"not a Report: {error}") from error
+        table = self._table(key)
+        call, is_news = table.receive(pod, report, time.monotonic())
+        if is_news or table.answer is None:
+            self._wake(key)
+        try:
+            answer = await self._wait_for_news(key, report)
+        except asyncio.CancelledError:
+            table.drop(pod, call, time.monotonic())
+            self._wake(key)
+            raise
+        if answer is None:
+            raise web.HTTPServiceUnavailable(text="the run has not been looked at yet: try again")
+        return web.json_response(answer.to_wire())
+
+    async def _wait_for_news(self, key: Key, report: Report) -> Membership | None:
+        """The answer: as soon as it is news, or what there is when the time is over."""
+        limit = self._settings.lease_seconds / 3
+        start = time.monotonic()
+        while True:
+            answer = stop_answer() if key in self._gone else self._table(key).answer
+            if answer is not None and is_newer(answer, report):
+                return answer
+            patience = min(report.wait_seconds, limit) if answer is not None else limit
+            left = start + patience - time.monotonic()
+            if left <= 0:
+                return answer
+            try:
+                await asyncio.wait_for(self._event(key).wait(), left)
+            except TimeoutError:
+                pass
+
+    async def _identify(self, request: web.Request) -> PodIdentity:
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if scheme != "Bearer" or not token:
+            raise web.HTTPUnauthorized(text="send the projected service account token as a bearer token")
+        pod = await self._review_cached(token)
+        if pod is None:
+            raise web.HTTPUnauthorized(text="the token is not one of a pod for this audience, or its pod is gone")
+        return pod
+
+    async def _review_cached(self, token: str) -> PodIdentity | None:
+        """TokenReview with a short memory; while the API server is away a known token is trusted for longer."""
+        digest, now = hashlib.sha256(token.encode()).digest(), time.monotonic()
+        known = self._tokens.get(digest)
+        if known is not None and now - known[0] < (_TRUSTED_SECONDS if known[1] else _REFUSED_SECONDS):
+            return known[1]
+        try:
+            pod = await self._review(token)
+        except (OSError, ClientError, TimeoutError) as error:
+            if known is not None and known[1] is not None and now - known[0] < _STALE_SECONDS:
+                return known[1]
+            raise web.HTTPServiceUnavailable(text="the API server cannot be asked about the token") from error
+        if len(self._tokens) >= _CACHED_TOKENS:
+            self._tokens.clear()
+        self._tokens[digest] = (now, pod)
+        return pod
+
+    def _table(self, key: Key) -> RunTable:
+        return self._tables.setdefault(key, RunTable(known_since=time.monotonic()))
+
+    def _event(self, key: Key) -> asyncio.Event:
+        return self._news.setdefault(key, asyncio.Event())
+
+    def _announce(self, key: Key) -> None:
+        """Wake everybody who waits for news of this run."""
+        self._news.pop(key, asyncio.Event()).set()

@@ -1,0 +1,294 @@
+"""What an end means: who is to blame, whether it counts, whether the run may go on.
+
+The rules, first match wins (`RULES`):
+
+* an exit code that can't get better (bad spec, data, model, adapter) fails the run at once;
+* an end that was asked for (stopped, fenced, finished) is none;
+* ends that are nobody's fault (lost nodes, evictions, lost peers) are disruptions: free, counted apart;
+* the same failure of another pod a moment later belongs to the same incident;
+* the same reason at the same step for the third time fails the run: trying again would end the same way;
+* more than maxFailures within windowSeconds fail the run;
+* everything else counts once and the run goes on.
+
+When several pods end together, the one end that explains the others is judged: a lost peer follows from its fate.
+Every counted end is remembered in status by the write that acts on it, so a crash neither forgets nor repeats it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal
+
+from qlora_api.names import Reason
+from qlora_api.run import FREE, NEVER_RETRIED, ExitCode, Termination
+from qlora_api.status import FailureRecord, LastFailure, QLoRAFinetuneStatus, Restarts
+from qlora_api.types import FailurePolicy
+from qlora_operator.state import Pod
+
+SAME_STEP_LIMIT = 3
+NODE_FAULT_LIMIT = 2
+INCIDENT_SECONDS = 15.0
+_SIGKILL, _SIGTERM = (-9, 137), (-15, 143)
+_KEPT_RECORDS = 64
+
+FATAL_REASONS = {
+    ExitCode.BAD_CONFIG: Reason.INVALID_SPEC,
+    ExitCode.BAD_DATA: Reason.INVALID_DATASET,
+    ExitCode.BAD_MODEL: Reason.INVALID_MODEL,
+    ExitCode.BAD_ADAPTER: Reason.INVALID_ADAPTER,
+}
+COUNTED_REASONS = {
+    ExitCode.STORAGE: Reason.STORAGE_UNAVAILABLE,
+    ExitCode.CORRUPT_BASE: Reason.CORRUPT_BASE,
+    ExitCode.OUT_OF_MEMORY: Reason.OUT_OF_MEMORY,
+}
+ADVICE = {
+    Reason.OUT_OF_MEMORY: "Lower training.microBatchSize or training.maxLength, set training.gradientCheckpointing to"
+    " full, shard with training.shardingStrategy FULL_SHARD or training.cpuOffload; for host memory raise"
+    " resourcesPerNode.limits.memory.",
+    Reason.STORAGE_UNAVAILABLE: "Check endpoint, bucket and the Secret's keys of model, dataset and output.",
+    Reason.CORRUPT_BASE: "The packed base does not match its checksum: the node's disk or memory is suspect;"
+    " the pod moves elsewhere.",
+    Reason.HUNG: "The workers were restarted; raise progressDeadlineSeconds if a step takes longer than that.",
+    Reason.WORKER_FAILED: "See status.lastFailure.logTail.",
+    Reason.INVALID_SPEC: "Create a new QLoRAFinetune with the corrected spec.",
+    Reason.INVALID_DATASET: "Correct the data set and create a new QLoRAFinetune.",
+    Reason.INVALID_MODEL: "Point model.uri at a causal language model with its tokenizer in a new QLoRAFinetune.",
+    Reason.INVALID_ADAPTER: "Lower training.learningRate or check the data set, then create a new QLoRAFinetune.",
+}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """One pod's worker, container or place came to an end. `exit_code` None: a disruption from outside."""
+
+    pod_name: str
+    node_name: str
+    reason: Reason
+    exit_code: int | None = None
+    message: str = ""
+    rank: int | None = None
+    step: int = 0
+    log_tail: str = ""
+
+    @property
+    def counts(self) -> bool:
+        return self.exit_code is not None and self.exit_code not in FREE and self.exit_code not in _SIGTERM
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an end means for the run."""
+
+    effect: Literal["Fail", "Count", "Free", "Ignore"]
+    reason: Reason
+    message: str
+    ending: Ending
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a rule sees: the end that explains the others, and the record."""
+
+    ending: Ending
+    status: QLoRAFinetuneStatus
+    policy: FailurePolicy
+    now: datetime
+
+    @property
+    def recent(self) -> list[FailureRecord]:
+        """Failures inside the window."""
+        since = self.now - timedelta(seconds=self.policy.window_seconds)
+        return [record for record in self.status.failures if record.time > since]
+
+
+def judge(
+    endings: tuple[Ending, ...], status: QLoRAFinetuneStatus, policy: FailurePolicy, now: datetime
+) -> Verdict | None:
+    """The verdict on ends that happened together; None when nothing ended."""
+    if not endings:
+        return None
+    case = Case(min(endings, key=_blame), status, policy, now)
+    return next(verdict for rule in RULES if (verdict := rule(case)))
+
+
+def incidents(endings: tuple[Ending, ...]) -> list[tuple[Ending, ...]]:
+    """Ends of one pass that are judged together: each disruption for itself, all exits as one."""
+    exits = tuple(ending for ending in endings if ending.exit_code is not None)
+    disruptions = [(ending,) for ending in endings if ending.exit_code is None]
+    return [*disruptions, *([exits] if exits else [])]
+
+
+def _blame(ending: Ending) -> tuple[int, int]:
+    """Lowest first: what can't be retried, what counts, what came from outside, what merely followed."""
+    if ending.exit_code in NEVER_RETRIED:
+        weight = 0
+    elif ending.counts:
+        weight = 1
+    elif ending.exit_code is None:
+        weight = 2
+    else:
+        weight = 3
+    return weight, ending.rank if ending.rank is not None else 1 << 30
+
+
+def never_retried(case: Case) -> Verdict | None:
+    """A spec, data set, model or adapter that cannot work."""
+    if case.ending.exit_code not in NEVER_RETRIED:
+        return None
+    reason = FATAL_REASONS[ExitCode(case.ending.exit_code)]
+    return Verdict("Fail", reason, f"{case.ending.message or reason} {ADVICE[reason]}", case.ending)
+
+
+def asked_for(case: Case) -> Verdict | None:
+    """Told to stop, fenced off, or done."""
+    ending = case.ending
+    if ending.counts or ending.exit_code in (None, ExitCode.LOST_PEER):
+        return None
+    return Verdict("Ignore", ending.reason, ending.message, ending)
+
+
+def disruption(case: Case) -> Verdict | None:
+    """Nobody's fault: free."""
+    if case.ending.counts:
+        return None
+    return Verdict("Free", case.ending.reason, case.ending.message or describe(case.ending), case.ending)
+
+
+def same_incident(case: Case) -> Verdict | None:
+    """What befalls several pods at once counts once."""
+    ending, last = case.ending, case.status.last_failure
+    if last is None or (last.reason, last.step) != (ending.reason, ending.step) or last.pod_name == ending.pod_name:
+        return None
+    if case.now - last.time > timedelta(seconds=INCIDENT_SECONDS):
+        return None
+    return Verdict("Ignore", ending.reason, ending.message, ending)
+
+
+def same_step_again(case: Case) -> Verdict | None:
+    """The third failure of one kind at one step."""
+    ending = case.ending
+    if ending.reason == Reason.STORAGE_UNAVAILABLE:
+        return None
+    same = [record for record in case.recent if record.step == ending.step and record.reason == ending.reason]
+    if len(same) + 1 < SAME_STEP_LIMIT:
+        return None
+    message = f"step {ending.step} failed {SAME_STEP_LIMIT} times with {ending.reason}: {describe(ending)}"
+    return Verdict("Fail", Reason.REPEATED_STEP_FAILURE, message, ending)
+
+
+def too_many(case: Case) -> Verdict | None:
+    """More failures than the policy allows."""
+    count = len(case.recent) + 1
+    if count <= case.policy.max_failures:
+        return None
+    window = f"{count} failures within {case.policy.window_seconds} s (failurePolicy.maxFailures is"
+    message = f"{window} {case.policy.max_failures}); the last one was {case.ending.reason}: {describe(case.ending)}"
+    return Verdict("Fail", Reason.FAILURE_LIMIT_REACHED, message, case.ending)
+
+
+def counted(case: Case) -> Verdict:
+    """One failure among those allowed."""
+    return Verdict("Count", case.ending.reason, describe(case.ending), case.ending)
+
+
+Rule = Callable[[Case], Verdict | None]
+RULES: tuple[Rule, ...] = (
+    never_retried,
+    asked_for,
+    disruption,
+    same_incident,
+    same_step_again,
+    too_many,
+    counted,
+)
+
+
+def describe(ending: Ending) -> str:
+    """Who, where, how and what to do, in one or two sentences."""
+    who = f"rank {ending.rank} in {ending.pod_name}" if ending.rank is not None else ending.pod_name or "the run"
+    where = f" on node {ending.node_name}" if ending.node_name else ""
+    how = f" ended with exit code {ending.exit_code}" if ending.exit_code is not None else ""
+    what = f": {ending.message}" if ending.message else ""
+    return f"{who}{where}{how} at step {ending.step}{what} {ADVICE.get(ending.reason, '')}".strip()
+
+
+def of_termination(pod_name: str, node_name: str, termination: Termination) -> Ending:
+    """A worker's end as its agent reported it."""
+    code, message = termination.exit_code, termination.message
+    if code in _SIGKILL:
+        message = message or "a worker was killed by signal 9, most often for want of host memory"
+    return Ending(
+        pod_name,
+        node_name,
+        _reason_of(code),
+        code,
+        message,
+        termination.rank,
+        termination.step,
+        termination.log_tail,
+    )
+
+
+def of_container(pod: Pod, step: int) -> Ending:
+    """A container's end as the kubelet reported it; `step` is the run's newest."""
+    assert pod.exit is not None
+    if pod.exit.reason == "OOMKilled":
+        message = "the container exceeded its memory limit."
+        return Ending(pod.name, pod.node, Reason.OUT_OF_MEMORY, int(ExitCode.OUT_OF_MEMORY), message, step=step)
+    if pod.exit.termination is not None:
+        return of_termination(pod.name, pod.node, pod.exit.termination)
+    if pod.exit.code in _SIGKILL or pod.exit.reason == "ContainerStatusUnknown":
+        return Ending(pod.name, pod.node, Reason.POD_LOST, message="the container was killed from outside", step=step)
+    code, tail = pod.exit.code, pod.exit.message[-3000:]
+    return Ending(pod.name, pod.node, _reason_of(code), code, pod.exit.reason, step=step, log_tail=tail)
+
+
+def _reason_of(code: int) -> Reason:
+    if code == ExitCode.LOST_PEER:
+        return Reason.LOST_PEER
+    if code in FREE or code in _SIGTERM:
+        return Reason.MEMBERS_CHANGED
+    known = ExitCode(code) if code in set(ExitCode) else ExitCode.INTERNAL
+    return {**FATAL_REASONS, **COUNTED_REASONS}.get(known, Reason.WORKER_FAILED)
+
+
+def record(verdict: Verdict, status: QLoRAFinetuneStatus, policy: FailurePolicy, now: datetime) -> QLoRAFinetuneStatus:
+    """The status that remembers the verdict."""
+    ending, restarts = verdict.ending, status.restarts
+    by_reason = {**restarts.by_reason, ending.reason: restarts.by_reason.get(ending.reason, 0) + 1}
+    if verdict.effect == "Free":
+        more = Restarts(disruptions=restarts.disruptions + 1, failures=restarts.failures, by_reason=by_reason)
+        return status.model_copy(update={"restarts": more, "avoided_nodes": _avoid(status, verdict)})
+    newest = FailureRecord(time=now, reason=ending.reason, step=ending.step, node_name=ending.node_name)
+    records = [*Case(ending, status, policy, now).recent, newest][-_KEPT_RECORDS:]
+    counted_status = status.model_copy(
+        update={
+            "failures": records,
+            "restarts": Restarts(disruptions=restarts.disruptions, failures=restarts.failures + 1, by_reason=by_reason),
+            "last_failure": LastFailure(
+                time=now,
+                reason=ending.reason,
+                message=verdict.message[:4096],
+                pod_name=ending.pod_name,
+                node_name=ending.node_name,
+                rank=ending.rank,
+                exit_code=ending.exit_code,
+                step=ending.step,
+                log_tail=ending.log_tail[-4096:],
+            ),
+        }
+    )
+    return counted_status.model_copy(update={"avoided_nodes": _avoid(counted_status, verdict)})
+
+
+def _avoid(status: QLoRAFinetuneStatus, verdict: Verdict) -> list[str]:
+    """Nodes to keep away from if others are free: silent, corrupting, or at fault again and again."""
+    node, avoided = verdict.ending.node_name, status.avoided_nodes
+    if not node or node in avoided:
+        return avoided
+    faults = sum(record.node_name == node for record in status.failures)
+    at_once = (Reason.SILENT, Reason.NODE_LOST, Reason.CORRUPT_BASE)
+    if verdict.ending.reason in at_once or faults >= NODE_FAULT_LIMIT:
+        return [*avoided, node][-_KEPT_RECORDS:]
+    return avoided
