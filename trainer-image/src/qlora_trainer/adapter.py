@@ -97,17 +97,28 @@ def require_same(state: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def require_loadable(state: Mapping[str, Tensor], skeleton: torch.nn.Module, folder: Path) -> None:
-    """Raises BadAdapter unless peft puts every tensor where it belongs on the (weightless) base."""
-    from peft import PeftModel
-    from peft.utils import get_peft_model_state_dict
+    """Raises BadAdapter unless peft, given the folder and the (weightless) base, puts every tensor where it belongs."""
+    from peft import PeftConfig, get_peft_model
+    from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = PeftModel.from_pretrained(skeleton, str(folder), low_cpu_mem_usage=True, torch_device="cpu")
+        model = get_peft_model(skeleton, PeftConfig.from_pretrained(str(folder)), low_cpu_mem_usage=True)
+        _materialize(model)
+        result = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
         loaded = get_peft_model_state_dict(model)
     wrong = [name for name, tensor in state.items() if name not in loaded or not torch.equal(loaded[name], tensor)]
-    if wrong or len(loaded) != len(state):
+    if wrong or result.unexpected_keys or len(loaded) != len(state):
         raise BadAdapter(f"peft loads {len(loaded)} tensors where {len(state)} were trained (first: {wrong[:1]})")
+
+
+def _materialize(model: torch.nn.Module) -> None:
+    """Give the adapter's parameters, and only them, memory: NaN until they are loaded."""
+    for path, parameter in list(model.named_parameters()):
+        if ".lora_" in path:
+            parent, _, leaf = path.rpartition(".")
+            empty = torch.full(parameter.shape, torch.nan, dtype=torch.float32)
+            model.get_submodule(parent)._parameters[leaf] = torch.nn.Parameter(empty, requires_grad=False)
 
 
 def metrics_of(history: History, steps: int, measured: Mapping[str, float]) -> dict[str, Any]:

@@ -8,16 +8,13 @@ import os
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from pydantic import Field
 
 from qlora_api.base import ApiModel
 from qlora_api.run import CACHE_DIR, RUN_DIR, SECRETS_DIR, Command, Termination
 from qlora_api.status import Artifacts, CheckpointStatus, Progress
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
 
 ENV_GENERATION = "QLORA_GENERATION"
 ENV_RUN_DIR = "QLORA_RUN_DIR"
@@ -39,7 +36,7 @@ class WorkerEnv:
     cache_dir: Path
     secrets_dir: Path
     device_type: str  # "cuda" or "cpu"
-    store: "Store | None" = None  # of the generation; None: init_process_group reads env:// (torch elastic's variables)
+    init_method: str = "env://"  # of the process group; torch elastic's variables by default
     trace: bool = False  # write trace-RANK.jsonl: the samples of every step
 
     @classmethod

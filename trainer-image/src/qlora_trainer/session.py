@@ -87,9 +87,10 @@ def process_group(env: WorkerEnv) -> Iterator[DeviceMesh | None]:
         yield None
         return
     faults.reach("rendezvous")
-    where = {"store": env.store, "rank": env.rank, "world_size": env.world_size} if env.store else {}
     backend = "cpu:gloo,cuda:nccl" if env.device_type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=GROUP_TIMEOUT, **where)
+    dist.init_process_group(
+        backend, init_method=env.init_method, rank=env.rank, world_size=env.world_size, timeout=GROUP_TIMEOUT
+    )
     try:
         yield init_device_mesh(env.device_type, (env.world_size,))
     finally:
@@ -112,7 +113,6 @@ def prepare(config: TrainConfig, env: WorkerEnv) -> Prepared:
     """Model, samples and packed base on this node's disk: also what an agent does while warming."""
     model = ensure_model(config, env)
     data = _prepare_data(config, env, model)
-    faults.reach("warm-up")
     packed = ensure_packed(config, model.path, env.cache_dir, device_of(env))
     return Prepared(model, packed, data)
 

@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from qlora_trainer.errors import BadConfig, Fenced, Stopped, StorageError, Train
 from qlora_trainer.progress import Reporter
 from qlora_trainer.restore import Position, restore
 from qlora_trainer.samples import SampleSet
-from qlora_trainer.session import Session, broadcast, open_output, process_group, set_up
+from qlora_trainer.session import Session, broadcast, open_output, prepare, process_group, set_up
 
 ENV_CONFIG = "QLORA_CONFIG"
 _PARKED_SECONDS = 0.05  # between looks at the agent that is to end us
@@ -30,17 +31,35 @@ _PARKED_SECONDS = 0.05  # between looks at the agent that is to end us
 
 def main() -> None:
     """Entry of a worker process: torch elastic's environment, the mounted configuration, an exit code that says why."""
-    env = WorkerEnv.of_environment()
-    code = run_guarded(Path(os.environ.get(ENV_CONFIG, CONFIG_PATH)), env)
+    work(config_path(), WorkerEnv.of_environment())
+
+
+def warm() -> None:
+    """Entry of the process that brings all a worker needs to this node's disk before the pod is let in."""
+
+    def fetch(config: TrainConfig, env: WorkerEnv) -> None:
+        open_output(config, env)[0].list("manifest")
+        prepare(config, env)
+
+    end_process(guarded(fetch, config_path(), WorkerEnv.of_environment()))
+
+
+def work(config: TrainConfig | Path, env: WorkerEnv) -> None:
+    """`run_worker` as a process: ends it with the exit code."""
+    end_process(guarded(run_worker, config, env))
+
+
+def end_process(code: ExitCode) -> None:
+    """Leave at once: a thread of a broken collective must not keep the process."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # a thread of a broken collective must not keep the process
+    os._exit(code)
 
 
-def run_guarded(config_path: Path, env: WorkerEnv) -> ExitCode:
-    """`run_worker`, its error turned into a termination file and an exit code."""
+def guarded(job: Callable[[TrainConfig, WorkerEnv], object], config: TrainConfig | Path, env: WorkerEnv) -> ExitCode:
+    """Run the job; an error becomes a termination file and an exit code."""
     try:
-        run_worker(read_config(config_path), env)
+        job(read_config(config) if isinstance(config, Path) else config, env)
         return ExitCode.OK
     except Exception as error:
         state = read_worker_state(env.run_dir, env.local_rank)
@@ -48,6 +67,11 @@ def run_guarded(config_path: Path, env: WorkerEnv) -> ExitCode:
         write_termination(env.run_dir, env.local_rank, termination)
         print(termination.log_tail or termination.message, file=sys.stderr)
         return ExitCode(termination.exit_code)
+
+
+def config_path() -> Path:
+    """Where the configuration is mounted."""
+    return Path(os.environ.get(ENV_CONFIG, CONFIG_PATH))
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -87,12 +111,12 @@ def _train(session: Session, position: Position, reporter: Reporter) -> None:
             _evaluate(session, position, reporter)
         if position.step >= num_steps or position.history.stopped_improving(training.early_stopping_patience):
             break
-        prepare, stop, save = _step(session, position, reporter)
+        park, stop, save = _step(session, position, reporter)
         _snapshot(session, position)
         if save:
             _save(session, position, reporter)
         reporter.stepped(session, position)
-        if prepare or stop:
+        if park or stop:
             _park(session, position, reporter, stop)
 
 
@@ -160,8 +184,7 @@ def _evaluate(session: Session, position: Position, reporter: Reporter) -> None:
     session.model.eval()
     for micro in share(batch, env.rank, env.world_size):
         loss = _loss(session, micro, data.eval_samples, data.eval_sequences, targets)
-        prepare, stop = _wishes(session)
-        part = torch.tensor([float(loss), prepare, stop])
+        part = torch.tensor([float(loss), *_wishes(session)])
         if env.world_size > 1:
             torch.distributed.all_reduce(part)
         total += part

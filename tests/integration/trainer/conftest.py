@@ -1,0 +1,188 @@
+"""A tiny real model, tokenizer and data set, and worlds of real worker processes over gloo."""
+
+import json
+import multiprocessing
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api.run import ExitCode, RunIdentity, Termination, TrainConfig
+from qlora_api.types import QLoRAFinetuneSpec
+from qlora_trainer import control
+from qlora_trainer.control import Control, WorkerEnv, WorkerState
+from qlora_trainer.train import work
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+WORDS = "the quick brown fox jumps over a lazy dog while seven wise owls watch from old oak trees near rivers".split()
+
+
+def make_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> None:
+    """A byte-level BPE trained on the tests' own words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<eos>", "<pad>", "<|user|>", "<|assistant|>", "<|system|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 20, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    fast.chat_template = chat_template
+    fast.save_pretrained(folder)
+
+
+def make_llama(folder: Path, seed: int = 0, **changes: Any) -> None:
+    """Random weights in the shape of a Llama, safetensors, with a tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        **{**shape, "num_key_value_heads": 2, "vocab_size": 384, "max_position_embeddings": 512, **changes},
+        eos_token_id=0,
+        bos_token_id=None,
+        pad_token_id=1,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    make_tokenizer(folder)
+
+
+def sentence(number: int) -> str:
+    """A sentence of 4 to 15 words that follows from its number."""
+    return " ".join(WORDS[(number * 7 + k * (1 + number % 5)) % len(WORDS)] for k in range(4 + number % 12))
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_llama(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    path.write_text("".join(json.dumps({"text": sentence(i)}) + "\n" for i in range(48)))
+    return path
+
+
+def make_config(model: Path, data: Path, output: str, **spec: dict[str, Any]) -> TrainConfig:
+    """A small float32 run; `spec` holds camelCase sections to merge in. `output` may be a file:// URI."""
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"uri": f"file://{model}"},
+        "dataset": {"uri": f"file://{data}", "evalFraction": 0.1},
+        "quantization": {"computeDtype": "float32", "storageDtype": "float32"},
+        "lora": {"r": 4, "alpha": 8},
+        "training": {
+            "maxSteps": 6,
+            "globalBatchSize": 6,
+            "microBatchSize": 1,
+            "maxLength": 32,
+            "learningRate": 1e-2,
+            "warmupRatio": 0.0,
+        },
+        "checkpoint": {"intervalSteps": 2},
+        "output": {"uri": "s3://replaced/below"},
+    }
+    for name, values in spec.items():
+        sections[name] = {**sections.get(name, {}), **values}
+    parsed = QLoRAFinetuneSpec.model_validate(sections)
+    parsed = parsed.model_copy(update={"output": parsed.output.model_copy(update={"uri": output})})
+    return TrainConfig(run=RunIdentity(namespace="default", name="run", uid="0123456789"), spec=parsed)
+
+
+@dataclass
+class World:
+    """Pods of one run, one worker each, that can be started in any number again and again."""
+
+    root: Path
+    config: TrainConfig
+    generation: int = 0
+    context: Any = field(default_factory=lambda: multiprocessing.get_context("forkserver"))
+    processes: list[Any] = field(default_factory=list)
+
+    def env(self, pod: int) -> WorkerEnv:
+        return WorkerEnv(
+            rank=pod,
+            local_rank=0,
+            world_size=1,
+            generation=self.generation,
+            run_dir=self.root / f"pod-{pod}",
+            cache_dir=self.root / "cache",
+            secrets_dir=self.root / "secrets",
+            device_type="cpu",
+            trace=True,
+        )
+
+    def start(self, pods: list[int]) -> None:
+        """Start one worker in each pod, in a new generation."""
+        self.generation += 1
+        meeting = self.root / f"meeting-{self.generation}"
+        self.processes = []
+        for rank, pod in enumerate(pods):
+            env = replace(self.env(pod), rank=rank, world_size=len(pods), init_method=f"file://{meeting}")
+            control.clear_worker_files(env.run_dir)
+            control.write_control(env.run_dir, Control(generation=self.generation))
+            process = self.context.Process(target=work, args=(self.config, env), daemon=True)
+            process.start()
+            self.processes.append(process)
+
+    def wait(self, seconds: float = 300) -> list[int]:
+        """Exit codes, once all have ended."""
+        for process in self.processes:
+            process.join(seconds)
+            assert process.exitcode is not None, "a worker hangs"
+        return [process.exitcode for process in self.processes]
+
+    def run(self, pods: list[int]) -> list[int]:
+        """Start and wait; what failed is printed."""
+        self.start(pods)
+        codes = self.wait()
+        for pod in pods:
+            if termination := self.termination(pod):
+                print(termination.log_tail)
+        return codes
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+    def state(self, pod: int) -> WorkerState | None:
+        return control.read_worker_state(self.env(pod).run_dir, 0)
+
+    def termination(self, pod: int) -> Termination | None:
+        return control.read_termination(self.env(pod).run_dir, 0)
+
+    def traces(self) -> list[dict[str, Any]]:
+        """What every rank of every generation consumed."""
+        files = self.root.glob("pod-*/trace-*.jsonl")
+        return [json.loads(line) for path in files for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def world(tmp_path: Path, model_dir: Path, data_file: Path) -> Any:
+    """A world over the tiny Llama with a file:// output; change `config` before the start."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["qlora_trainer.train", "torch._dynamo"])
+    made = World(tmp_path, make_config(model_dir, data_file, f"file://{tmp_path}/bucket"))
+    yield made
+    made.kill()
+
+
+@pytest.fixture
+def ok() -> int:
+    return int(ExitCode.OK)
