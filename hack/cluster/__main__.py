@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from . import build, leftovers, lifecycle, namespaces, node
+from .images import commands
 from .settings import DEFAULT_NAME, Cluster, load
 
 
@@ -53,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument("number", type=int)
     machine.add_argument("--silent", action="store_true", help="kill: cut the link first, so that no peer is told")
     machine.add_argument("--fresh", action="store_true", help="start: as a new machine with an empty disk")
+    images = command("images", _images, "build both images and load them; prints their references as JSON")
+    images.add_argument("--only", choices=("operator", "trainer"), help="just this one")
+    command("deploy", _deploy, "images, then the operator by its chart").add_argument("words", nargs=argparse.REMAINDER)
+    command("undeploy", _undeploy, "remove the operator; its CRD and the runs stay")
     command("shell", _shell, "a shell (or a command) in a node or, without --node, the control plane").add_argument(
         "words", nargs=argparse.REMAINDER
     )
@@ -68,6 +73,11 @@ def _local(arguments: argparse.Namespace, claim: bool = False) -> Cluster:
     if _uses_current():
         raise ValueError("CLUSTER=current: this command is for the local cluster only")
     return load(arguments.name, claim)
+
+
+def _target(arguments: argparse.Namespace) -> Cluster | None:
+    """The local cluster; None for the current context's."""
+    return None if _uses_current() else load(arguments.name)
 
 
 def _up(arguments: argparse.Namespace) -> None:
@@ -125,6 +135,19 @@ def _node(arguments: argparse.Namespace) -> None:
             node.cut(cluster, number, outer, "up")
         case "kill-kubelet":
             node.kill_kubelet(cluster, number)
+
+
+def _images(arguments: argparse.Namespace) -> None:
+    names = [arguments.only] if arguments.only else ["operator", "trainer"]
+    print(json.dumps(commands.load_all(_target(arguments), names), indent=2))
+
+
+def _deploy(arguments: argparse.Namespace) -> None:
+    commands.deploy(_target(arguments), arguments.words)
+
+
+def _undeploy(arguments: argparse.Namespace) -> None:
+    commands.undeploy(_target(arguments))
 
 
 def _shell(arguments: argparse.Namespace) -> int:

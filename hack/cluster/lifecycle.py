@@ -84,6 +84,22 @@ def start_node(cluster: Cluster, number: int, fresh: bool) -> None:
         node.wait_ready(cluster, [number])
 
 
+def restart_node(cluster: Cluster, number: int) -> None:
+    """Ends a node and brings it back at once, with the seed's images; its pods start anew on it."""
+    with locked(f"cluster-{cluster.name}"):
+        outer = outer_pid(cluster)
+        node.kill(cluster, number, outer, silent=False)
+        node.ensure(cluster, number, outer, saved_options(cluster).for_node())
+        node.wait_ready(cluster, [number])
+
+
+def lacking(cluster: Cluster, reference: str) -> list[int]:
+    """Running nodes whose containerd doesn't know this image."""
+    running = ((number, namespaces.find(cluster.node_dir(number))) for number in cluster.known_nodes())
+    ask = ("ctr", "--namespace", seed.NAMESPACE, "images", "ls", "-q", f"name=={reference}")
+    return [number for number, pid in running if pid and not namespaces.run(pid, *ask).stdout.strip()]
+
+
 def outer_pid(cluster: Cluster) -> int:
     pid = namespaces.find(cluster.dir)
     if pid is None:

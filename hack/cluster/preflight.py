@@ -29,6 +29,13 @@ def check(cluster: Cluster, only_api: bool) -> None:
         raise ValueError("no local cluster on this machine:\n  - " + "\n  - ".join(missing) + f"\n{ELSEWHERE}")
 
 
+def check_images() -> None:
+    """The same for building the images."""
+    missing = [*_machine(), *_disk(only_api=False)]
+    if missing:
+        raise ValueError("no images can be built on this machine:\n  - " + "\n  - ".join(missing) + f"\n{ELSEWHERE}")
+
+
 def _machine() -> list[str]:
     if platform.system() != "Linux":
         return [f"it needs Linux, this is {platform.system()}"]

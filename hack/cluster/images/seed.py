@@ -23,7 +23,7 @@ PAUSE = "localhost/pause:1"
 _STORE = CACHE / "images" / "seed"
 _GENERATION = CACHE / "images" / "seed-generation"  # changes with every import
 _DATABASES = ("io.containerd.metadata.v1.bolt/meta.db", "io.containerd.snapshotter.v1.overlayfs/metadata.db")
-_NAMESPACE = "k8s.io"  # containerd's, where the kubelet looks
+NAMESPACE = "k8s.io"  # containerd's, where the kubelet looks
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def opened() -> Iterator[list[str]]:
             # mounts of its own, so that none can stay behind
             command = ["unshare", "--mount", "--propagation", "private", "containerd", "--config", str(config)]
             daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        ctr = ["ctr", "--address", socket, "--namespace", _NAMESPACE]
+        ctr = ["ctr", "--address", socket, "--namespace", NAMESPACE]
         try:
             wait_for(
                 "containerd of the seed",
@@ -66,6 +66,21 @@ def note_images(ctr: list[str]) -> None:
     """Writes down which images the opened seed has."""
     listed = subprocess.run([*ctr, "images", "ls", "-q"], check=True, capture_output=True, text=True).stdout
     (_STORE.parent / "seed-images").write_text(listed)
+
+
+def blobs(store: Path = _STORE) -> list[Path]:
+    """The files of a store's content, named by their sha256."""
+    return [path for path in (store / "io.containerd.content.v1.content/blobs/sha256").glob("*") if path.is_file()]
+
+
+def prune(ctr: list[str], name: str, newest: list[str], keep: int) -> None:
+    """Drops all but the `keep` newest images of this name; `newest` are those that come now."""
+    history = _STORE.parent / f"{name}.history"
+    earlier = history.read_text().split() if history.exists() else []
+    every = list(dict.fromkeys([*newest, *earlier]))
+    if every[keep:]:
+        subprocess.run([*ctr, "images", "rm", "--sync", *every[keep:]], check=True, stdout=subprocess.DEVNULL)
+    history.write_text("\n".join(every[:keep]))
 
 
 def ensure_pause() -> None:

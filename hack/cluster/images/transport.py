@@ -1,0 +1,150 @@
+"""From buildah to the seed and the running nodes, without a registry and without moving what is already there.
+
+The dependencies go first, as an image of their own, uncompressed (compressing 6 GB takes a minute, and the seed is the
+only place they go to). The image with the code is then written into an OCI layout that holds hard links to the seed's
+blobs: buildah finds the large layers there and writes only the small one. What is new goes on as a stream in the form
+of an OCI archive: containerd accepts one that lacks blobs which its store has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from .. import build, namespaces
+from ..progress import step
+from ..settings import CACHE, Cluster
+from . import builder, seed
+
+_STREAM_LIMIT = 300 * 2**20  # bytes; more than this is quicker by a new clone of the seed
+
+
+@dataclass(frozen=True)
+class Export:
+    """An image that buildah has written out: its name, its manifest as it is, and the folder of its blobs."""
+
+    reference: str
+    manifest: bytes
+    folder: Path
+
+    def blobs(self) -> list[Path]:
+        """The files of the configuration and the layers, named by their sha256."""
+        manifest = json.loads(self.manifest)
+        return [self.folder / item["digest"].partition(":")[2] for item in (manifest["config"], *manifest["layers"])]
+
+    def lacking(self, known: set[str]) -> list[Path]:
+        return [blob for blob in self.blobs() if blob.name not in known]
+
+    def write(self, blobs: list[Path], stream: IO[bytes]) -> None:
+        """Writes an OCI archive with just these blobs, under the name that containerd shall know it by."""
+        digest = hashlib.sha256(self.manifest).hexdigest()
+        entry = {
+            "mediaType": json.loads(self.manifest)["mediaType"],
+            "digest": f"sha256:{digest}",
+            "size": len(self.manifest),
+            "annotations": {"io.containerd.image.name": self.reference},
+        }
+        texts = {
+            "oci-layout": b'{"imageLayoutVersion": "1.0.0"}',
+            "index.json": json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode(),
+            f"blobs/sha256/{digest}": self.manifest,
+        }
+        with tarfile.open(fileobj=stream, mode="w|") as archive:
+            for name, content in texts.items():
+                header = tarfile.TarInfo(name)
+                header.size = len(content)
+                archive.addfile(header, io.BytesIO(content))
+            for blob in blobs:
+                archive.add(blob, f"blobs/sha256/{blob.name}")
+
+
+def deliver_dependencies(reference: str, image: builder.Image) -> None:
+    """Brings the image with the dependencies into the seed; those that it replaces go."""
+    if reference in seed.images():
+        return
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        with step(f"exporting {reference}"):
+            builder.buildah("push", "--disable-compression", reference, f"dir:{scratch}")
+        export = Export(reference, (Path(scratch) / "manifest.json").read_bytes(), Path(scratch))
+        with seed.opened() as ctr:
+            seed.prune(ctr, image.name, [], keep=0)
+            seed.prune(ctr, f"{image.name}-dependencies", [reference], keep=1)
+            _import(export, export.blobs(), ctr)
+            seed.note_images(ctr)
+
+
+def deliver(reference: str, image: builder.Image, cluster: Cluster) -> list[int]:
+    """Brings a built image into the seed and the cluster's running nodes.
+
+    Returns the nodes that lack too much of it and should start anew, as clones of the seed.
+    """
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        export = _export(reference, Path(scratch))
+        with seed.opened() as ctr:
+            _import(export, export.lacking({blob.name for blob in seed.blobs()}), ctr)
+            # a node that starts may still be asked for the last ones
+            seed.prune(ctr, image.name, [reference], keep=3)
+            seed.note_images(ctr)
+        running = ((node, namespaces.find(cluster.node_dir(node))) for node in cluster.known_nodes())
+        return [node for node, pid in running if pid and not _import_into(export, cluster, node, pid)]
+
+
+def _export(reference: str, layout: Path) -> Export:
+    """Writes the image into an OCI layout, but for the blobs that the seed has."""
+    blobs = layout / "blobs" / "sha256"
+    blobs.mkdir(parents=True)
+    for blob in seed.blobs():
+        os.link(blob, blobs / blob.name)
+    with step(f"exporting {reference}"):
+        builder.buildah("push", reference, f"oci:{layout}:image")
+    index = json.loads((layout / "index.json").read_text())
+    manifest = blobs / index["manifests"][0]["digest"].partition(":")[2]
+    return Export(reference, manifest.read_bytes(), blobs)
+
+
+def _import_into(export: Export, cluster: Cluster, node: int, pid: int) -> bool:
+    """Sends a running node what its store lacks of the image; False when that is too much."""
+    store = cluster.node_dir(node) / "var/lib/containerd"
+    lacking = export.lacking({blob.name for blob in seed.blobs(store)})
+    if sum(blob.stat().st_size for blob in lacking) > _STREAM_LIMIT:
+        return False
+    _import(export, lacking, [*namespaces.enter_command(pid), "ctr", "--namespace", seed.NAMESPACE])
+    seed.mark_current(store)
+    return True
+
+
+def _import(export: Export, blobs: list[Path], ctr: list[str]) -> None:
+    """Streams the archive into `ctr images import`, which unpacks it, too."""
+    size = sum(blob.stat().st_size for blob in blobs)
+    with step(f"importing {size / 2**20:.1f} MiB"), tempfile.TemporaryFile() as output:
+        process = subprocess.Popen([*ctr, "images", "import", "-"], stdin=subprocess.PIPE, stdout=output, stderr=output)
+        assert process.stdin
+        try:
+            with process.stdin:
+                export.write(blobs, process.stdin)
+        except BrokenPipeError:
+            pass  # it ended early: its own words follow
+        if process.wait():
+            output.seek(0)
+            raise RuntimeError(f"ctr images import: {output.read().decode().strip()}")
+
+
+def push(reference: str, registry: str) -> str:
+    """Pushes a built image to a registry; returns its reference there."""
+    target = f"{registry.rstrip('/')}/{reference.rpartition('/')[2]}"
+    with step(f"pushing {target}"):
+        builder.buildah("push", reference, f"docker://{target}")
+    return target
+
+
+def ensure_tools() -> None:
+    """Installs what building needs beside what the cluster needs."""
+    build.distribution_packages(build.DEBIAN | build.DEBIAN_IMAGES)
