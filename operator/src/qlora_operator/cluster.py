@@ -210,7 +210,7 @@ def _event_body(run: RunIdentity, event: Event, now: datetime) -> Json:
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
-        "metadata": {"generateName": f"{run.name}.", "namespace": run.namespace},
+        "metadata": {"generateName": f"{run.name}-", "namespace": run.namespace},
         "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "reportingController": f"{names.GROUP}/operator",
         "reportingInstance": socket.gethostname()[:128],

@@ -129,4 +129,4 @@ def events_between(old: QLoRAFinetuneStatus, new: QLoRAFinetuneStatus) -> tuple[
     if new.generation > old.generation:
         names = ", ".join(member.pod_name for member in new.members)
         events.append(Event(Reason.MEMBERS_CHANGED, f"generation {new.generation}: {names}"))
-    return tuple(events)
+    return tuple(dict.fromkeys(events))
