@@ -12,6 +12,7 @@ UV := $(shell hack/uv.sh)
 RUN := $(UV) run --frozen --no-sync
 CTL := $(RUN) python -m hack.cluster
 export CACHE CLUSTER CLUSTER_NAME NODES
+unexport PYTHONDONTWRITEBYTECODE  # without bytecode every process compiles torch and transformers anew: 10 s each
 
 ##@ General
 .PHONY: help
