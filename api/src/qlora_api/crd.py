@@ -1,7 +1,9 @@
 """The CustomResourceDefinition, made from types.py and status.py (`make manifests` writes it).
 
 pydantic's JSON Schema is rewritten into a Kubernetes structural schema: references are inlined, optional unions
-collapse, exclusive bounds become OpenAPI 3.0 flags, and what a structural schema cannot say raises TypeError.
+collapse, exclusive bounds become OpenAPI 3.0 flags, a pattern with a sentence becomes a CEL rule that answers with the
+sentence (a bare pattern would answer with the regular expression), and what a structural schema cannot say raises
+TypeError.
 """
 
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from qlora_api import names
+from qlora_api.base import cel
 from qlora_api.status import QLoRAFinetuneStatus
 from qlora_api.types import QLoRAFinetuneSpec
 
@@ -27,7 +30,15 @@ def structural(node: Node, definitions: Node) -> Node:
             continue
         if key == "default" and value is None:
             continue
-        if key == "properties":
+        if key == "default" and isinstance(value, dict):  # the API server refuses null, also inside a default
+            value = {name: child for name, child in value.items() if child is not None}
+        if key == "pattern" and "x-sentence" in node:
+            continue
+        if key == "maximum" and value != int(value):  # the API server would call a bound of 0.9 "0"
+            out.setdefault("x-kubernetes-validations", []).append(cel(f"self <= {value}", f"write at most {value}"))
+        elif key == "x-sentence":
+            out.setdefault("x-kubernetes-validations", []).append(cel(f"self.matches({node['pattern']!r})", value))
+        elif key == "properties":
             out[key] = {name: structural(child, definitions) for name, child in value.items()}
         elif key in ("items", "additionalProperties"):
             out[key] = structural(value, definitions)

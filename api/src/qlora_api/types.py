@@ -16,6 +16,11 @@ SOURCE_URI = r"^(hf|s3|pvc|file)://[^\s]+$"
 S3_URI = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\s]*)?$"
 
 
+SOURCE = {"x-sentence": "write hf://org/name, s3://bucket/path, pvc://claim/path or file:///path"}
+S3_SOURCE = {"x-sentence": "write s3://bucket/prefix; a bucket has 3 to 63 of a-z, 0-9, dot and hyphen"}
+ENDPOINT = {"x-sentence": "write http://host:port or https://host:port"}
+
+
 def immutable(field: str) -> dict[str, Any]:
     """Schema extra: the field cannot change while the run exists."""
     return rules(
@@ -41,6 +46,7 @@ class S3Access(ApiModel):
         None,
         pattern=r"^https?://[^\s]+$",
         max_length=512,
+        json_schema_extra=ENDPOINT,
         description="S3 endpoint, for example http://s3.example:8333.",
     )
 
@@ -51,6 +57,7 @@ class ModelSpec(S3Access):
     uri: str = Field(
         pattern=SOURCE_URI,
         max_length=1024,
+        json_schema_extra=SOURCE,
         description="hf://org/name, s3://bucket/prefix, pvc://claim/path or file:///path in the image.",
     )
     revision: str | None = Field(None, max_length=256, description="Commit or tag of an hf:// model.")
@@ -60,7 +67,12 @@ class ModelSpec(S3Access):
 class DatasetSpec(S3Access):
     """Training and evaluation samples: JSON Lines, Parquet or CSV files, or a dataset of the hub."""
 
-    uri: str = Field(pattern=SOURCE_URI, max_length=1024, description="A file, a prefix of files, or hf://org/name.")
+    uri: str = Field(
+        pattern=SOURCE_URI,
+        max_length=1024,
+        json_schema_extra=SOURCE,
+        description="A file, a prefix of files, or hf://org/name.",
+    )
     revision: str | None = Field(None, max_length=256, description="Commit or tag of an hf:// dataset.")
     format: Literal["auto", "text", "prompt-completion", "messages"] = Field(
         "auto", description="Shape of a sample, as in TRL; auto looks at the columns."
@@ -69,7 +81,9 @@ class DatasetSpec(S3Access):
     train_on: Literal["auto", "all", "completion", "assistant"] = Field(
         "auto", description="Tokens that count in the loss; auto: completions of prompt-completion, everything else."
     )
-    eval_uri: str | None = Field(None, pattern=SOURCE_URI, max_length=1024, description="Samples for evaluation.")
+    eval_uri: str | None = Field(
+        None, pattern=SOURCE_URI, max_length=1024, json_schema_extra=SOURCE, description="Samples for evaluation."
+    )
     eval_fraction: float = Field(
         0.0, ge=0, le=0.5, description="Share of the training samples held out for evaluation when evalUri is empty."
     )
@@ -199,7 +213,10 @@ class OutputSpec(S3Access):
     """Where the adapter and the checkpoints go."""
 
     uri: str = Field(
-        pattern=S3_URI, max_length=1024, description="s3://bucket/prefix; the run writes below prefix/NAME-UID."
+        pattern=S3_URI,
+        max_length=1024,
+        json_schema_extra=S3_SOURCE,
+        description="s3://bucket/prefix; the run writes below prefix/NAME-UID.",
     )
     merge: bool = Field(False, description="Write the base with the adapter merged into it, too (bf16 safetensors).")
 
@@ -214,6 +231,16 @@ class PodTemplatePatch(ApiModel):
 class QLoRAFinetuneSpec(ApiModel):
     """One fine-tune: what to train, on what, and where the adapter goes."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            cel(
+                "self.training.optimizer != 'paged_adamw_8bit'"
+                " || (self.numProcPerNode == 1 && self.elasticPolicy.maxNodes == 1)",
+                "paged_adamw_8bit runs on one GPU only, its state cannot be checkpointed when sharded:"
+                " write adamw or adamw_8bit, or set numProcPerNode and elasticPolicy.maxNodes to 1",
+            )
+        )
+    )
     model: ModelSpec = Field(json_schema_extra=immutable("model"))
     dataset: DatasetSpec = Field(json_schema_extra=immutable("dataset"))
     quantization: QuantizationSpec = Field(QuantizationSpec(), json_schema_extra=immutable("quantization"))
