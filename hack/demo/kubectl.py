@@ -78,6 +78,11 @@ class Kubectl:
         items: list[Manifest] = json.loads(self.must("get", kind, "-l", selector, "-o", "json"))["items"]
         return items
 
+    def helm(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """One call of helm against the same cluster; never raises for a refusal."""
+        command = [program("helm"), *words]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+
     def delete(self, kind: str, name: str, *flags: str) -> None:
         """Delete and wait until it is gone; no error when there is none."""
         self.must("delete", kind, name, "--ignore-not-found", *flags)

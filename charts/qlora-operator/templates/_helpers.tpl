@@ -44,7 +44,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
   "trainerImage" (include "qlora.image" (dict "image" $trainer.image "appVersion" .Chart.AppVersion))
   "imagePullPolicy" $trainer.image.pullPolicy
   "imagePullSecrets" (join "," $trainer.imagePullSecrets)
-  "cacheVolume" (toJson $trainer.cacheVolume)
+  "cacheVolume" ($trainer.cacheVolume | empty | ternary "" (toJson $trainer.cacheVolume))
   "snapshotSize" $trainer.snapshotSize
   "priorityClass" $trainer.priorityClass
   "gracePeriodSeconds" $trainer.gracePeriodSeconds
