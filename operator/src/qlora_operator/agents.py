@@ -16,7 +16,9 @@ from qlora_operator.settings import Settings
 from qlora_operator.state import Agent, Observed, Pod
 
 CANDIDATES = (AgentState.READY, AgentState.RUNNING, AgentState.FAILED, AgentState.FINISHED)
-_UNHEARD_FACTOR = 3  # a silent run after the operator's restart: so many times silent_seconds
+# An agent that this process has not heard yet is silent after so many times silent_seconds, by the operator's listening
+# time: a member's when none of the run reports, a newcomer's because its pod runs and yet it never spoke.
+_UNHEARD_MEMBER, _UNHEARD_NEWCOMER = 3, 12
 
 
 def agent_of(o: Observed, pod: Pod) -> Agent | None:
@@ -37,13 +39,13 @@ def is_member(o: Observed, pod_uid: str) -> bool:
 
 
 def silence(o: Observed, pod: Pod) -> float:
-    """Seconds for which a pod that should report has not; 0 for one that never did and need not yet."""
+    """Seconds for which a pod that should report has not, weighted for those that were never heard."""
     agent = agent_of(o, pod)
     if agent is not None:
         return agent.age
-    if not is_member(o, pod.uid):
-        return 0.0
-    return max(o.heard_age, o.listening_age / _UNHEARD_FACTOR)
+    if is_member(o, pod.uid):
+        return max(o.heard_age, o.listening_age / _UNHEARD_MEMBER)
+    return min(o.listening_age, pod.age) / _UNHEARD_NEWCOMER if pod.phase == "Running" else 0.0
 
 
 def current_pods(o: Observed, slots: Iterable[Slot]) -> tuple[Pod, ...]:
