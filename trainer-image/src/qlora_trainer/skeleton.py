@@ -3,6 +3,7 @@
 Rules: nothing here allocates a weight; any causal language model whose decoder layers hold `nn.Linear` modules works.
 """
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from qlora_trainer.errors import BadModel
 
 # Siblings of one module that read the same input: computed as one product, the first caller for all.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
-MAX_GATED_ATTENTION = "attn_logit_softcapping"
+_CAPPED = "attn_logit_softcapping"
+_building = threading.Lock()  # accelerate's context patches nn.Module for all threads
 
 
 def read_hf_config(model_dir: Path, trust_remote_code: bool = False) -> Any:
@@ -33,10 +35,10 @@ def build_skeleton(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool =
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
     hf_config.use_cache = False
-    capped = getattr(hf_config, MAX_GATED_ATTENTION, None) is not None  # Gemma 2: only the eager attention caps scores
+    capped = getattr(hf_config, _CAPPED, None) is not None  # Gemma 2: only the eager attention caps scores
     attention = {"attn_implementation": "eager"} if capped else {}
     try:
-        with init_empty_weights(include_buffers=False):
+        with _building, init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 hf_config, dtype=dtype, trust_remote_code=trust_remote_code, **attention
             )

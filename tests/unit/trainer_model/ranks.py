@@ -1,0 +1,67 @@
+"""One rank of a group, run as a script by test_sharding.py: for every configuration two steps, an evaluation, a check."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from qlora_api.run import TrainConfig, parse_config
+from qlora_trainer.errors import CorruptBase
+from qlora_trainer.loader import ensure_packed
+from qlora_trainer.model import TrainableModel, build_model
+
+NUM_MICRO = 6  # of one global batch, whatever the number of ranks
+CPU = torch.device("cpu")
+
+
+def train(config: TrainConfig, model_dir: Path, cache_dir: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Two steps of plain gradient descent over micro batches that do not depend on the number of ranks."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    model = build_model(config, ensure_packed(config, model_dir, cache_dir, CPU), mesh, CPU, 1)
+    model.verify()
+    tokens = torch.randint(1, 300, (NUM_MICRO, 24), generator=torch.Generator().manual_seed(3))
+    losses = {}
+    for step in range(2):
+        model.flat_grad.zero_()
+        for micro in range(NUM_MICRO * rank // world_size, NUM_MICRO * (rank + 1) // world_size):
+            rows = tokens[micro : micro + 1]
+            model.set_step_seed(5, step, micro)
+            loss = model.loss(rows, rows, None, 23 * NUM_MICRO)
+            loss.backward()
+            losses[step, micro] = loss.item()
+        dist.all_reduce(model.flat_grad)
+        if step == 0:
+            with torch.no_grad():
+                model.adapter.master.sub_(model.adapter.grad)
+    model.eval()
+    with torch.no_grad():
+        evaluated = model.loss(tokens, tokens, None, 1).item()
+    model.verify()
+    damaged = damage(model, rank == world_size - 1)
+    return {"grad": model.flat_grad.clone(), "losses": losses, "evaluated": evaluated, "damaged": damaged}
+
+
+def damage(model: TrainableModel, mine: bool) -> str:
+    """Flip a bit of this rank's part of layer 1, if it is `mine`; what `verify` then says on every rank."""
+    packed = model.layers[1].packed
+    local = packed.to_local() if model.sharded else packed
+    local.data_bytes[5] ^= int(mine)
+    try:
+        model.verify()
+    except CorruptBase as error:
+        return str(error)
+    return ""
+
+
+if __name__ == "__main__":
+    folder, model_folder, cache_folder = map(Path, sys.argv[1:4])
+    this_rank, ranks, port = map(int, sys.argv[4:7])
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=this_rank, world_size=ranks)
+    for file in sys.argv[7:]:
+        result = train(parse_config((folder / file).read_text()), model_folder, cache_folder, this_rank, ranks)
+        torch.save(result, folder / f"{file}-{ranks}-{this_rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()

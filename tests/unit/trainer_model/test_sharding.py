@@ -1,0 +1,62 @@
+"""Sharded over ranks (gloo) the model computes what it computes on one, and damaged bytes are noticed."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("ranks.py")
+CASES = {
+    "full": {},
+    "grad-op-dropout": {"training": {"sharding_strategy": "SHARD_GRAD_OP"}, "lora": {"dropout": 0.2}},
+    "offload-recompute": {"training": {"cpu_offload": True, "gradient_checkpointing": "full"}},
+    "unquantized-whole": {"training": {"sharding_strategy": "NO_SHARD"}, "quantization": {"type": "none"}},
+    "dora": {"lora": {"use_dora": True}},
+}
+
+
+@pytest.fixture(scope="module")
+def results(checkpoint, config_of, tmp_path_factory):
+    """(case, world size) -> what every rank saw; one group of processes a world size runs all its cases."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for case, sections in CASES.items():
+        (folder / case).write_text(config_of(**sections).model_dump_json(by_alias=True))
+    found = {}
+    for world_size, cases in ((1, list(CASES)), (2, list(CASES)), (3, ["full"])):
+        run_ranks(folder, checkpoint(), world_size, cases)
+        for case in cases:
+            found[case, world_size] = [torch.load(folder / f"{case}-{world_size}-{r}.pt") for r in range(world_size)]
+    return found
+
+
+def run_ranks(folder, model_dir, world_size, cases):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for rank in range(world_size):
+        arguments = [folder, model_dir, folder / "cache", rank, world_size, port, *cases]
+        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for process in started:
+        _, errors = process.communicate(timeout=500)
+        assert process.returncode == 0, errors
+
+
+@pytest.mark.parametrize(("case", "world_size"), [*((case, 2) for case in CASES), ("full", 3)])
+def test_any_number_of_ranks_computes_the_same(case, world_size, results):
+    (one,), ranks = results[case, 1], results[case, world_size]
+    for rank in ranks:
+        torch.testing.assert_close(rank["grad"], one["grad"], rtol=1e-5, atol=1e-6)
+        assert rank["evaluated"] == pytest.approx(one["evaluated"], rel=1e-6)
+    losses = {key: loss for rank in ranks for key, loss in rank["losses"].items()}
+    assert losses == pytest.approx(one["losses"], rel=1e-6)
+    assert one["grad"].norm() > 0.01
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_damaged_byte_stops_every_rank(world_size, results):
+    assert all("decoder layer 1" in rank["damaged"] for rank in results["full", world_size])
