@@ -12,6 +12,6 @@ from qlora_trainer.workers import DEFAULT_WORKER, ENV_WORKER, die_with_parent
 die_with_parent()
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # is_available() without a CUDA context
 
-for _name in ("torch", "torch.distributed", "torch._dynamo"):
+for _name in ("torch", "torch.distributed", "torch._dynamo", "qlora_trainer.pod_agent"):
     importlib.import_module(_name)
 importlib.import_module(os.environ.get(ENV_WORKER, DEFAULT_WORKER).partition(":")[0])

@@ -1,18 +1,20 @@
 """How a pod's worker processes come to life: preloaded in a fork server, tied to their agent, their output kept.
 
-Rules: a worker never outlives its agent (PR_SET_PDEATHSIG all along the line agent -> fork server -> worker); whatever
+Rules: a worker never outlives its agent (nor an agent its fork server, nor that PID 1); whatever
 it prints goes through the agent into the pod's log, and the last lines into its Termination.
 """
 
 import ctypes
 import faulthandler
 import importlib
+import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from qlora_trainer.control import ENV_GENERATION, ENV_RUN_DIR, read_control
@@ -34,9 +36,22 @@ def die_with_parent() -> None:
         os._exit(1)  # it ended before the call
 
 
+def die_with_agent() -> None:
+    """As die_with_parent, and SIGKILL for this process when the agent that asked the fork server for it ends."""
+    die_with_parent()
+    agent = multiprocessing.parent_process()
+    assert agent is not None
+
+    def watch() -> None:
+        wait([agent.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="agent-watch", daemon=True).start()
+
+
 def work() -> None:
     """Entry point under torch elastic, in a process forked from the warm server."""
-    die_with_parent()
+    die_with_agent()
     run_dir = Path(os.environ[ENV_RUN_DIR])
     _redirect_output(run_dir / f"log-{os.environ['LOCAL_RANK']}")
     faulthandler.enable()
@@ -46,7 +61,7 @@ def work() -> None:
 
 def warm_up() -> None:
     """Entry point of the warm child: everything a worker needs that may take long, before the pod is let in."""
-    die_with_parent()
+    die_with_agent()
     _redirect_output(Path(os.environ[ENV_RUN_DIR]) / "log-0")
     _load(os.environ.get(ENV_WARM_UP, DEFAULT_WARM_UP))()
 
