@@ -16,8 +16,8 @@ SOURCE_URI = r"^(hf|s3|pvc|file)://[^\s]+$"
 S3_URI = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\s]*)?$"
 
 
-SOURCE = {"x-sentence": "write hf://org/name, s3://bucket/path, pvc://claim/path or file:///path"}
-S3_SOURCE = {"x-sentence": "write s3://bucket/prefix; a bucket has 3 to 63 of a-z, 0-9, dot and hyphen"}
+SOURCE: dict[str, Any] = {"x-sentence": "write hf://org/name, s3://bucket/path, pvc://claim/path or file:///path"}
+S3_SOURCE: dict[str, Any] = {"x-sentence": "write s3://bucket/prefix; a bucket has 3 to 63 of a-z, 0-9, dot and hyphen"}
 ENDPOINT = {"x-sentence": "write http://host:port or https://host:port"}
 
 
