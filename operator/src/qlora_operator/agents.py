@@ -13,9 +13,18 @@ from qlora_operator import failure
 from qlora_operator.failure import Ending
 from qlora_operator.membership import Candidate, View
 from qlora_operator.settings import Settings
-from qlora_operator.state import Agent, Observed, Pod
+from qlora_operator.state import Agent, Observed, Pod, Refusal, Trouble
 
 CANDIDATES = (AgentState.READY, AgentState.RUNNING, AgentState.FAILED, AgentState.FINISHED)
+_SEVERITY = (
+    Reason.INVALID_SPEC,
+    Reason.QUOTA_EXCEEDED,
+    Reason.MISSING_SECRET,
+    Reason.IMAGE_PULL_FAILED,
+    Reason.STORAGE_UNAVAILABLE,
+    Reason.UNSCHEDULABLE,
+    Reason.PODS_PENDING,
+)
 # An agent that this process has not heard yet is silent after so many times silent_seconds, by the operator's listening
 # time: a member's when none of the run reports, a newcomer's because its pod runs and yet it never spoke.
 _UNHEARD_MEMBER, _UNHEARD_NEWCOMER = 3, 12
@@ -76,8 +85,16 @@ def _candidate(o: Observed, pod: Pod, settings: Settings) -> Candidate | None:
         report.state,
         report.generation,
         report.known_generation,
-        agent.dropped is None and agent.age <= settings.fresh_seconds,
+        fresh=agent.dropped is None and agent.age <= settings.fresh_seconds,
+        highest=agent.highest,
+        stalled=_is_stalled(o, agent, settings),
     )
+
+
+def _is_stalled(o: Observed, agent: Agent, settings: Settings) -> bool:
+    """It knows this generation (or had long enough to learn of it) and does not come in."""
+    limit = settings.lease_seconds if agent.report.known_generation >= o.status.generation else settings.silent_seconds
+    return agent.report.generation < o.status.generation and o.generation_age > limit
 
 
 def _presumed(o: Observed, pod: Pod, settings: Settings) -> Candidate | None:
@@ -94,7 +111,7 @@ def view_of(o: Observed, slots: list[Slot], settings: Settings) -> View:
     policy = o.run.spec.elastic_policy
     found = candidates(o, slots, settings)
     standing = {candidate.member.pod_uid for candidate in found if candidate.standing}
-    blocked = sum(pod.trouble is not None for pod in current_pods(o, slots)) + len(o.refusals)
+    blocked = len(troubles(o)) + len(o.refusals)
     return View(
         generation=o.status.generation,
         members=tuple(o.status.members),
@@ -153,6 +170,48 @@ def newest_checkpoint(o: Observed) -> CheckpointStatus | None:
     if o.status.checkpoint is not None:
         known.append(o.status.checkpoint)
     return max(known, key=lambda checkpoint: checkpoint.step, default=None)
+
+
+def troubles(o: Observed) -> list[tuple[Pod, Trouble]]:
+    """What keeps pods that hold a place from starting, by pod."""
+    found = []
+    for pod in current_pods(o, o.status.slots):
+        trouble = pod.trouble or _storage_trouble(o, pod)
+        if trouble is not None:
+            found.append((pod, trouble))
+    return found
+
+
+def _storage_trouble(o: Observed, pod: Pod) -> Trouble | None:
+    """A newcomer that cannot read its model or data; it goes on trying by itself."""
+    agent = agent_of(o, pod)
+    if agent is None or agent.failure is None or agent.failure.exit_code != ExitCode.STORAGE:
+        return None
+    if agent.highest > 0 or agent.report.state not in (AgentState.WARMING, AgentState.FAILED):
+        return None
+    advice = failure.ADVICE[Reason.STORAGE_UNAVAILABLE]
+    return Trouble(Reason.STORAGE_UNAVAILABLE, f"{pod.name}: {agent.failure.message} {advice}")
+
+
+def worst_trouble(o: Observed) -> Trouble | None:
+    """What keeps pods from starting; the one that a person should look at first."""
+    found = [refusal_trouble(refusal) for refusal in o.refusals]
+    found += [trouble for _, trouble in troubles(o)]
+    return min(found, key=lambda trouble: _SEVERITY.index(trouble.reason), default=None)
+
+
+def refusal_trouble(refusal: Refusal) -> Trouble:
+    """Why the API server does not create a pod."""
+    if refusal.status == 403 and "exceeded quota" in refusal.message:
+        advice = "raise the ResourceQuota or lower elasticPolicy.maxNodes"
+        return Trouble(Reason.QUOTA_EXCEEDED, f"{refusal.message}; {advice}")
+    if refusal.status == 403 and "violates PodSecurity" not in refusal.message:
+        return Trouble(Reason.PODS_PENDING, f"the API server does not admit the pods: {refusal.message}")
+    return Trouble(
+        Reason.INVALID_SPEC,
+        f"the API server refuses the run's pods: {refusal.message}; correct podTemplate, resourcesPerNode or the"
+        " namespace's pod security level in a new QLoRAFinetune",
+    )
 
 
 def artifacts(o: Observed) -> Artifacts | None:

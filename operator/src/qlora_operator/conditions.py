@@ -5,7 +5,7 @@ from typing import Literal
 
 from qlora_api.names import ConditionType, Reason
 from qlora_api.status import Condition, QLoRAFinetuneStatus, State
-from qlora_operator.state import Event, Observed, Trouble
+from qlora_operator.state import Event
 
 WARNINGS = frozenset(
     {
@@ -13,16 +13,10 @@ WARNINGS = frozenset(
         Reason.QUOTA_EXCEEDED,
         Reason.IMAGE_PULL_FAILED,
         Reason.MISSING_SECRET,
+        Reason.STORAGE_UNAVAILABLE,
         Reason.TOO_FEW_NODES,
         Reason.INVALID_SPEC,
     }
-)
-_SEVERITY = (
-    Reason.INVALID_SPEC,
-    Reason.QUOTA_EXCEEDED,
-    Reason.MISSING_SECRET,
-    Reason.IMAGE_PULL_FAILED,
-    Reason.UNSCHEDULABLE,
 )
 
 
@@ -97,24 +91,6 @@ def has_started(status: QLoRAFinetuneStatus) -> bool:
     if running is None or status.start_time is None:
         return False
     return running.status == "True" or running.last_transition_time > epoch(status, status.start_time)
-
-
-def worst_trouble(o: Observed) -> Trouble | None:
-    """What keeps pods from starting; the one that a person should look at first."""
-    troubles = [refusal_trouble(refusal.status, refusal.message) for refusal in o.refusals]
-    troubles += [pod.trouble for pod in o.pods if pod.trouble is not None and pod.live]
-    return min(troubles, key=lambda trouble: _SEVERITY.index(trouble.reason), default=None)
-
-
-def refusal_trouble(status: int, message: str) -> Trouble:
-    """Why the API server does not create a pod."""
-    if status == 403 and "exceeded quota" in message:
-        return Trouble(Reason.QUOTA_EXCEEDED, f"{message}. Raise the ResourceQuota or lower elasticPolicy.maxNodes.")
-    return Trouble(
-        Reason.INVALID_SPEC,
-        f"the API server refuses the run's pods: {message}. Correct podTemplate, resourcesPerNode or the name-space's"
-        " pod security level in a new QLoRAFinetune.",
-    )
 
 
 def events_between(old: QLoRAFinetuneStatus, new: QLoRAFinetuneStatus) -> tuple[Event, ...]:

@@ -90,13 +90,13 @@ class Coordinator:
         except ValidationError as error:
             raise web.HTTPBadRequest(text=f"not a Report: {error}") from error
         table = self._table(key)
-        call, is_news = table.receive(pod, report, time.monotonic())
+        is_news = table.receive(pod, report, time.monotonic())
         if is_news or table.answer is None:
             self._wake(key)
         try:
             answer = await self._wait_for_news(key, report)
         except asyncio.CancelledError:
-            table.drop(pod, call, time.monotonic())
+            table.drop(pod, time.monotonic())
             self._wake(key)
             raise
         if answer is None:

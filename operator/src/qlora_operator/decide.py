@@ -118,7 +118,7 @@ def _describe(o: Observed, status: QLoRAFinetuneStatus, plan: Plan, settings: Se
     active = sum(member.pod_uid in found for member in status.members)
     nodes = Nodes(desired=policy.max_nodes, ready=len(found), active=active)
     status = status.model_copy(update={"nodes": nodes, "nodes_summary": f"{active}/{policy.max_nodes}"})
-    trouble = conditions.worst_trouble(o)
+    trouble = agents.worst_trouble(o)
     also = f"; {trouble.message}" if trouble else ""
     if plan.too_few:
         missing = f"{len(found)} of at least {policy.min_nodes} nodes are ready"

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from qlora_api.names import ConditionType, Reason
 from qlora_operator import agents
-from qlora_operator.conditions import epoch, has_started, worst_trouble
+from qlora_operator.conditions import epoch, has_started
 from qlora_operator.settings import Settings
 from qlora_operator.state import Observed
 
@@ -30,7 +30,7 @@ def finished(o: Observed, settings: Settings) -> RunEnd | None:
 
 def refused(o: Observed, settings: Settings) -> RunEnd | None:
     """The API server refuses the pods themselves: trying again changes nothing."""
-    trouble = worst_trouble(o)
+    trouble = agents.worst_trouble(o)
     if trouble is None or trouble.reason != Reason.INVALID_SPEC:
         return None
     return RunEnd(ConditionType.FAILED, trouble.reason, trouble.message)
@@ -52,20 +52,20 @@ def not_started(o: Observed, settings: Settings) -> RunEnd | None:
         return None
     if o.now - epoch(o.status, o.now) < timedelta(seconds=limit):
         return None
-    trouble = worst_trouble(o)
+    trouble = agents.worst_trouble(o)
     why = f": {trouble.message}" if trouble else "; look at the pods' events and logs"
     message = f"fewer than minNodes were ready within startDeadlineSeconds ({limit} s){why}"
     return RunEnd(ConditionType.FAILED, Reason.START_DEADLINE_EXCEEDED, message)
 
 
 def blocked(o: Observed, settings: Settings) -> RunEnd | None:
-    """No pod can start for want of its image or a Secret: they would hold their GPUs for ever."""
+    """No pod can start for want of its image, a Secret or its data: they would hold their GPUs for ever."""
     live = agents.current_pods(o, o.status.slots)
-    holding = (Reason.IMAGE_PULL_FAILED, Reason.MISSING_SECRET)
-    stuck = [pod for pod in live if pod.trouble is not None and pod.trouble.reason in holding]
+    holding = (Reason.IMAGE_PULL_FAILED, Reason.MISSING_SECRET, Reason.STORAGE_UNAVAILABLE)
+    stuck = [pod for pod, trouble in agents.troubles(o) if trouble.reason in holding]
     if o.run.spec.suspend or not live or len(stuck) < len(live):
         return None
-    trouble = worst_trouble(o)
+    trouble = agents.worst_trouble(o)
     if trouble is None or min(pod.age for pod in stuck) < settings.blocked_seconds:
         return None
     return RunEnd(ConditionType.FAILED, trouble.reason, trouble.message)

@@ -10,7 +10,8 @@ The rules, in one place:
 * Once wanted, a change stays wanted until it is published: agents have stopped their workers for it.
 * Survivors keep their order, newcomers go last: the first member hosts the store and is a source of the state.
 * A report that was under way when a generation was published cannot undo it: READY under an older generation is a
-  member on its way in. A report that knows a newer generation means that our status is stale: do nothing.
+  member on its way in, unless its agent began anew or the way takes too long. A report that knows a newer generation
+  means that our status is stale: do nothing.
 * Publishing waits `settle_seconds` after the first phase began, for reports to be fresh, for minNodes, and at a fresh
   start (nobody carries on) up to `start_wait_seconds` for the nodes that are still expected.
 
@@ -33,6 +34,8 @@ class Candidate:
     state: AgentState
     joined: int = 0  # newest generation that it joined; 0 after a restart of its container
     known: int = 0  # newest generation that it knew of when it reported
+    highest: int = 0  # newest that it ever joined: above `joined` when the agent itself began anew
+    stalled: bool = False  # this generation was published a while ago, and it has not come in
     fresh: bool = True  # it reported a moment ago, its connection stands
 
     @property
@@ -124,9 +127,10 @@ def _anyone_left(view: View) -> bool:
     """A member gave up the workers of this very generation."""
 
     def left(candidate: Candidate) -> bool:
+        was_in = view.generation in (candidate.joined, candidate.highest)
         if candidate.state == AgentState.FAILED:
-            return candidate.joined == view.generation or candidate.known == view.generation
-        return candidate.standing and candidate.joined == view.generation
+            return was_in or candidate.known == view.generation
+        return candidate.standing and (was_in or candidate.stalled)
 
     return any(left(candidate) for candidate in view.candidates if _is_member(view, candidate))
 

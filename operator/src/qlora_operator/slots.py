@@ -121,6 +121,8 @@ def _failed_start(o: Observed, pod: Pod) -> Ending | None:
         return None
     member = agents.is_member(o, pod.uid)
     failed_newcomer = agent.report.state == AgentState.FAILED and not member
+    if failed_newcomer and agent.failure.exit_code == ExitCode.STORAGE:
+        return None  # it tries again by itself; `agents.start_trouble` tells
     corrupt = agent.failure.exit_code == ExitCode.CORRUPT_BASE and agent.failure_generation == o.status.generation
     if failed_newcomer or (member and corrupt):
         return failure.of_termination(pod.name, pod.node, agent.failure)

@@ -98,6 +98,7 @@ class Agent:
     state_age: float = 0.0  # in this state and generation
     failure: Termination | None = None  # newest termination reported
     failure_generation: int = 0  # the generation that it ended
+    highest: int = 0  # newest generation that any agent process of this pod said it joined
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class _Entry:
     report: Report
     received: float
     since: float  # in this state and generation
-    calls: int = 1
+    highest: int = 0
     dropped: float | None = None
     failure: Termination | None = None
     failure_generation: int = 0
@@ -45,15 +45,15 @@ class RunTable:
     step_since: float = 0.0
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_STEPS_KEPT))
 
-    def receive(self, pod: PodIdentity, report: Report, now: float) -> tuple[int, bool]:
-        """Take a report: the number of this agent's call, and whether it brings more than a sign of life."""
+    def receive(self, pod: PodIdentity, report: Report, now: float) -> bool:
+        """Take a report; True when it brings more than a sign of life."""
         self.heard_since = now if self.heard_since is None else self.heard_since
         old = self.entries.get(pod.pod_uid)
-        entry = _Entry(pod, report, now, now)
+        entry = _Entry(pod, report, now, now, report.generation)
         if old is not None:
             same = (old.report.state, old.report.generation) == (report.state, report.generation)
             entry.since = old.since if same else now
-            entry.calls = old.calls + 1
+            entry.highest = max(old.highest, report.generation)
             if report.generation <= old.failure_generation or report.generation == 0:
                 entry.failure, entry.failure_generation = old.failure, old.failure_generation
         if report.termination is not None:
@@ -62,12 +62,12 @@ class RunTable:
         self._time_steps(report, now)
         if self.answer is not None and report.known_prepare > self.answer.generation and self.prepare_since is None:
             self.prepare_since = now
-        return entry.calls, old is None or _is_news(old, report)
+        return old is None or _is_news(old, report)
 
-    def drop(self, pod: PodIdentity, call: int, now: float) -> None:
-        """The connection that held this call broke."""
+    def drop(self, pod: PodIdentity, now: float) -> None:
+        """A connection that held a call of this agent broke. Its next report takes that back."""
         entry = self.entries.get(pod.pod_uid)
-        if entry is not None and entry.calls == call:
+        if entry is not None:
             entry.dropped = now
 
     def publish(self, answer: Membership, now: float) -> bool:
@@ -144,4 +144,5 @@ def _agent(entry: _Entry, now: float) -> Agent:
         state_age=now - entry.since,
         failure=entry.failure,
         failure_generation=entry.failure_generation,
+        highest=entry.highest,
     )

@@ -55,6 +55,7 @@ class SimAgent:
     stubborn_until: float = 0.0  # does not react to prepare
     silent_until: float = 0.0  # partitioned: neither reports nor learns
     in_flight: Report | None = None  # a report made earlier and still under way
+    floor: int | None = None  # only newer generations are joined; set by the first answer
 
     def report(self, step: int, total: int) -> Report:
         done = self.state == AgentState.FINISHED
@@ -78,13 +79,14 @@ class SimAgent:
         if view.generation < self.view.generation:
             return
         self.view = view
+        self.floor = view.generation if self.floor is None else self.floor
         mine = self.pod.pod_uid in [member.pod_uid for member in view.members]
         if view.command == Command.STOP:
             if self.joined and self.state in (AgentState.RUNNING, AgentState.READY):
                 self.termination = Termination(exit_code=ExitCode.STOPPED, reason="Stopped")
             return
         called = view.prepare > self.joined or not mine
-        if self.state == AgentState.READY and mine and view.generation > self.joined:
+        if self.state == AgentState.READY and mine and view.generation > max(self.joined, self.floor):
             self.joined, self.state, self.termination = view.generation, AgentState.RUNNING, None
         elif called and self.joined and now >= self.stubborn_until and self.state in CALLABLE:
             self.state = AgentState.READY
@@ -291,7 +293,7 @@ class Simulation:
             if self.rng.random() < 0.1:
                 agent.in_flight = report
                 continue
-            _, is_news = self.table.receive(agent.pod, report, self.now)
+            is_news = self.table.receive(agent.pod, report, self.now)
             if is_news:
                 self.next_pass = min(self.next_pass, self.now)
             if self.table.answer is not None and self.rng.random() < 0.95:
@@ -304,7 +306,7 @@ class Simulation:
             return
         pod = self.rng.choice(live)
         agent = self.agents[pod.uid]
-        match self.rng.randint(0, 6):
+        match self.rng.randint(0, 7):
             case 0:  # the node dies and says nothing
                 self.dead_nodes.add(pod.node)
                 del self.agents[pod.uid]
@@ -325,5 +327,7 @@ class Simulation:
                     agent.state = AgentState.FAILED
             case 5:  # partitioned for a while
                 agent.silent_until = self.now + self.rng.choice([1.0, 4.0, 15.0])
+            case 7:  # the agent process begins anew, at once
+                self.agents[pod.uid] = SimAgent(agent.pod, self.now)
             case 6:  # its workers do not answer
                 agent.stubborn_until = self.now + self.rng.choice([3.0, 30.0])

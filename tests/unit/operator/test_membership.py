@@ -107,6 +107,13 @@ def test_a_restarted_member_comes_back_as_a_newcomer() -> None:
     assert uids(again) == ["uid-1", "uid-0"]
 
 
+def test_an_agent_that_began_anew_or_does_not_come_in_starts_a_change() -> None:
+    anew = replace(candidate(0, READY, 0), highest=5)
+    assert plan(view(5, [0, 1], anew, candidate(1, RUNNING, 5))).prepare == 6
+    lost_way = replace(candidate(0, READY, 4), stalled=True)
+    assert plan(view(5, [0, 1], lost_way, candidate(1, RUNNING, 5))).prepare == 6
+
+
 class Protocol(RuleBasedStateMachine):
     """Agents that crash, stall, come back and report late, against `plan` with an operator that forgets."""
 

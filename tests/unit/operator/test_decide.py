@@ -1,0 +1,315 @@
+"""The decision, rule by rule."""
+
+from dataclasses import replace
+
+import pytest
+from tests.unit.operator.build import (
+    NOW,
+    SETTINGS,
+    agent,
+    ago,
+    condition,
+    ended,
+    names_of,
+    observed,
+    pod,
+    running,
+    training,
+)
+
+from qlora_api.names import ConditionType, Reason
+from qlora_api.run import AgentState, Command, ExitCode
+from qlora_api.status import Artifacts, CheckpointStatus, Progress, Slot, State
+from qlora_operator import conditions
+from qlora_operator.decide import decide
+from qlora_operator.state import CreatePod, DeletePod, DeleteRun, Exit, Observed, Refusal, Trouble
+
+P0, P1 = pod(0), pod(1)
+ARTIFACTS = Artifacts(adapter_uri="s3://a", manifest_uri="s3://m", adapter_bytes=5, adapter_sha256="00")
+
+
+def test_a_new_run_gets_its_places_and_pods_after_what_they_mount() -> None:
+    decision = decide(observed([], []), SETTINGS, "CA")
+    assert [(slot.index, slot.incarnation) for slot in decision.status.slots] == [(0, 0), (1, 0)]
+    assert names_of(decision, CreatePod) == ["r-0-0", "r-1-0"]
+    kinds = [a.body["kind"] for a in decision.actions]
+    assert kinds == ["ConfigMap", "ServiceAccount", "Pod", "Pod"]
+    assert decision.actions[0].body["data"]["ca.crt"] == "CA"
+    assert decision.status.state == State.PENDING and decision.status.start_time == NOW
+
+
+def test_a_steady_run_does_nothing() -> None:
+    first = decide(observed([P0, P1], [running(P0), running(P1)], training(P0, P1)), SETTINGS)
+    again = decide(observed([P0, P1], [running(P0), running(P1)], first.status), SETTINGS)
+    assert again.status == first.status and again.actions == () and again.events == ()
+    assert again.membership.prepare == again.membership.generation == 1
+
+
+def test_ready_agents_become_the_first_generation_in_one_write() -> None:
+    ready = [agent(p, AgentState.READY, state_age=1.0) for p in (P0, P1)]
+    start = training(generation=0, members=[], slots=[Slot(index=0), Slot(index=1)], conditions=[])
+    called = decide(observed([P0, P1], ready, start), SETTINGS)
+    assert (called.membership.generation, called.membership.prepare) == (0, 1)
+    decision = decide(observed([P0, P1], ready, start, prepare_age=0.5), SETTINGS)
+    assert [m.pod_name for m in decision.status.members] == ["r-0-0", "r-1-0"]
+    assert decision.membership.generation == decision.status.generation == 1
+    assert any(event.reason == Reason.MEMBERS_CHANGED for event in decision.events)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"deleting": True, "reason": "EvictionByEvictionAPI"}, Reason.EVICTED),
+        ({"deleting": True, "reason": "DeletionByTaintManager"}, Reason.NODE_LOST),
+        ({"deleting": True}, Reason.POD_LOST),
+        ({"phase": "Failed", "reason": "Evicted"}, Reason.EVICTED),
+    ],
+)
+def test_a_lost_pod_is_replaced_at_once_and_costs_nothing(fields: dict[str, object], reason: Reason) -> None:
+    lost = replace(P0, **fields)  # type: ignore[arg-type]
+    decision = decide(observed([lost, P1], [running(P0), running(P1)], training(P0, P1)), SETTINGS)
+    assert decision.status.slots[0] == Slot(index=0, incarnation=1)
+    assert names_of(decision, CreatePod) == ["r-0-1"]
+    assert decision.status.restarts.by_reason == {reason: 1} and decision.status.restarts.failures == 0
+    assert decision.membership.prepare == 2, "the others are called"
+    assert names_of(decision, DeletePod) == ([] if lost.deleting else ["r-0-0"])
+
+
+def test_a_pod_deleted_with_force_is_counted_once() -> None:
+    decision = decide(observed([P1], [running(P1)], training(P0, P1)), SETTINGS)
+    assert decision.status.restarts.by_reason == {"PodLost": 1}
+    again = decide(observed([P1], [running(P1)], decision.status, prepare_age=1.0), SETTINGS)
+    assert again.status.restarts == decision.status.restarts
+    assert names_of(again, CreatePod) == ["r-0-1"], "the half-done action is repeated"
+
+
+def test_a_silent_pod_is_left_out_after_its_lease_and_replaced_later() -> None:
+    quiet = running(P0, age=4.0)
+    left_out = decide(observed([P0, P1], [quiet, running(P1)], training(P0, P1)), SETTINGS)
+    assert left_out.membership.prepare == 2 and left_out.status.slots[0].incarnation == 0
+    silent = running(P0, age=11.0)
+    replaced = decide(observed([P0, P1], [silent, running(P1)], training(P0, P1)), SETTINGS)
+    assert replaced.status.slots[0].incarnation == 1 and replaced.status.avoided_nodes == ["node-0"]
+    assert names_of(replaced, CreatePod) == ["r-0-1"] and names_of(replaced, DeletePod) == ["r-0-0"]
+
+
+def test_a_broken_connection_shortens_the_lease() -> None:
+    dropped = running(P0, age=1.5, dropped=1.2)
+    decision = decide(observed([P0, P1], [dropped, running(P1)], training(P0, P1)), SETTINGS)
+    assert decision.membership.prepare == 2
+
+
+def test_after_the_operators_restart_members_have_time_to_report() -> None:
+    status = training(P0, P1)
+    young = {"heard_age": 1.0, "listening_age": 2.0}
+    assert decide(observed([P0, P1], [running(P0)], status, **young), SETTINGS).membership.prepare == 1
+    old = {"heard_age": 4.0, "listening_age": 5.0}
+    assert decide(observed([P0, P1], [running(P0)], status, **old), SETTINGS).membership.prepare == 2
+    nobody = {"heard_age": 0.0, "listening_age": 31.0}
+    assert decide(observed([P0, P1], [], status, **nobody), SETTINGS).status.restarts.by_reason == {"Silent": 2}
+
+
+def test_a_stuck_terminating_pod_does_not_block_its_replacement() -> None:
+    dead = replace(P0, deleting=True)
+    new = pod(0, 1)
+    status = training(P1, slots=[Slot(index=0, incarnation=1), Slot(index=1)])
+    decision = decide(observed([dead, new, P1], [running(P1)], status), SETTINGS)
+    assert decision.actions == () and decision.status.restarts.disruptions == 0
+
+
+def test_a_failure_counts_in_the_write_that_publishes_the_next_generation() -> None:
+    failed = agent(P0, AgentState.READY, 1, termination=ended(ExitCode.INTERNAL, rank=0))
+    waiting = agent(P1, AgentState.READY, 1)
+    called = decide(observed([P0, P1], [failed, running(P1)], training(P0, P1)), SETTINGS)
+    assert called.status.restarts.failures == 0 and called.membership.prepare == 2
+    published = decide(observed([P0, P1], [failed, waiting], training(P0, P1), prepare_age=1.0), SETTINGS)
+    assert published.status.generation == 2 and published.status.restarts.failures == 1
+    after = decide(observed([P0, P1], [failed, waiting], published.status), SETTINGS)
+    assert after.status.restarts.failures == 1, "it ended the generation before"
+
+
+def test_bad_data_ends_the_run_with_its_sentence_and_frees_the_pods() -> None:
+    broken = agent(P0, AgentState.FAILED, 1, termination=ended(ExitCode.BAD_DATA))
+    decision = decide(observed([P0, P1], [broken, running(P1)], training(P0, P1)), SETTINGS)
+    assert decision.status.state == State.FAILED
+    failed = conditions.find(decision.status, ConditionType.FAILED)
+    assert failed is not None and failed.reason == Reason.INVALID_DATASET and "it broke" in failed.message
+    assert decision.status.last_failure is not None and decision.status.last_failure.exit_code == 65
+    assert names_of(decision, DeletePod) == ["r-0-0", "r-1-0"] and decision.membership.command == Command.STOP
+
+
+def test_a_newcomer_that_fails_to_warm_up_is_replaced_and_counted() -> None:
+    broken = agent(P1, AgentState.FAILED, 0, termination=ended(ExitCode.INTERNAL, step=0))
+    status = training(P0, slots=[Slot(index=0), Slot(index=1)])
+    decision = decide(observed([P0, P1], [running(P0), broken], status), SETTINGS)
+    assert decision.status.slots[1].incarnation == 1 and decision.status.restarts.failures == 1
+    young = decide(observed([P0, replace(P1, age=0.5)], [running(P0), broken], status), SETTINGS)
+    assert young.status.slots[1].incarnation == 0, "a broken start is no busy loop"
+
+
+def test_a_container_restart_is_judged_once() -> None:
+    restarted = replace(P0, restarts=1, exit=Exit(137, "OOMKilled"))
+    agents = [agent(P0, AgentState.WARMING), running(P1)]
+    decision = decide(observed([restarted, P1], agents, training(P0, P1)), SETTINGS)
+    assert decision.status.slots[0].restarts == 1 and decision.status.restarts.by_reason == {"OutOfMemory": 1}
+    again = decide(observed([restarted, P1], agents, decision.status), SETTINGS)
+    assert again.status.restarts == decision.status.restarts
+
+
+def test_artifacts_complete_the_run_for_good() -> None:
+    done = agent(P0, AgentState.FINISHED, 1, artifacts=ARTIFACTS, step=100)
+    decision = decide(observed([P0, P1], [done, running(P1)], training(P0, P1)), SETTINGS)
+    assert decision.status.state == State.SUCCEEDED and decision.status.artifacts == ARTIFACTS
+    assert decision.status.progress.step == 100 and decision.status.completion_time == NOW
+    later = decide(observed([P0], [], decision.status, {"suspend": True}), SETTINGS)
+    assert later.status == decision.status and names_of(later, DeletePod) == ["r-0-0"]
+
+
+def test_time_to_live_deletes_the_finished_run() -> None:
+    over = training(conditions=[condition(ConditionType.COMPLETE, "True", Reason.ADAPTER_UPLOADED)], state="Succeeded")
+    spec = {"ttlSecondsAfterFinished": 60}
+    early = decide(observed([], [], over.model_copy(update={"completion_time": ago(50)}), spec), SETTINGS)
+    assert early.actions == () and early.requeue_after == pytest.approx(10)
+    late = decide(observed([], [], over.model_copy(update={"completion_time": ago(61)}), spec), SETTINGS)
+    assert late.actions == (DeleteRun("run-uid"),)
+
+
+def test_deadlines() -> None:
+    active = decide(observed([P0], [running(P0)], training(P0), {"activeDeadlineSeconds": 80}), SETTINGS)
+    assert conditions.find(active.status, ConditionType.FAILED).reason == Reason.ACTIVE_DEADLINE_EXCEEDED
+    waiting = training(conditions=[], generation=0, members=[])
+    start = decide(observed([P0], [], waiting, {"startDeadlineSeconds": 80}), SETTINGS)
+    assert conditions.find(start.status, ConditionType.FAILED).reason == Reason.START_DEADLINE_EXCEEDED
+    started = decide(observed([P0], [running(P0)], training(P0), {"startDeadlineSeconds": 80}), SETTINGS)
+    assert started.status.state == State.RUNNING
+
+
+def suspending(o: Observed) -> Observed:
+    return replace(o, run=replace(o.run, spec=o.run.spec.model_copy(update={"suspend": True})))
+
+
+def test_suspend_waits_for_the_last_checkpoint_then_gives_the_pods_back() -> None:
+    o = suspending(observed([P0, P1], [running(P0), running(P1)], training(P0, P1)))
+    asked = decide(o, SETTINGS)
+    assert asked.membership.command == Command.STOP and asked.actions == ()
+    assert conditions.find(asked.status, ConditionType.SUSPENDED).reason == Reason.SUSPENDING
+    stopped = [running(p, termination=ended(ExitCode.STOPPED)) for p in (P0, P1)]
+    done = decide(replace(o, status=asked.status, agents=tuple(stopped)), SETTINGS)
+    assert done.status.state == State.SUSPENDED and names_of(done, DeletePod) == ["r-0-0", "r-1-0"]
+    assert done.status.restarts.disruptions == 0
+    repeated = decide(replace(o, status=done.status), SETTINGS)
+    assert repeated.status == done.status and names_of(repeated, DeletePod) == ["r-0-0", "r-1-0"]
+
+
+def test_suspend_does_not_wait_for_ever() -> None:
+    since = condition(ConditionType.SUSPENDED, "Unknown", Reason.SUSPENDING, since=121)
+    o = suspending(observed([P0], [running(P0)], training(P0, conditions=[since])))
+    assert names_of(decide(o, SETTINGS), DeletePod) == ["r-0-0"]
+
+
+def test_resuming_starts_new_pods_and_counts_deadlines_anew() -> None:
+    paused = training(P0, conditions=[condition(ConditionType.SUSPENDED, "True", Reason.SUSPENDED)])
+    paused = paused.model_copy(update={"slots": [Slot(index=0, incarnation=1)]})
+    decision = decide(observed([], [], paused, {"activeDeadlineSeconds": 60}), SETTINGS)
+    assert names_of(decision, CreatePod) == ["r-0-1", "r-1-0"]
+    assert conditions.find(decision.status, ConditionType.SUSPENDED).reason == Reason.RESUMED
+    assert decision.status.state == State.PENDING and decision.status.restarts.disruptions == 0
+
+
+def test_scaling_down_releases_the_highest_place_and_calls_the_others() -> None:
+    one = {"elasticPolicy": {"minNodes": 1, "maxNodes": 1}}
+    decision = decide(observed([P0, P1], [running(P0), running(P1)], training(P0, P1), one), SETTINGS)
+    assert names_of(decision, DeletePod) == ["r-1-0"] and decision.membership.prepare == 2
+    assert decision.status.slots[1].incarnation == 1 and decision.status.restarts.disruptions == 0
+    assert decision.status.nodes_summary == "1/1"
+
+
+def test_scaling_up_adds_a_place() -> None:
+    three = {"elasticPolicy": {"minNodes": 1, "maxNodes": 3}}
+    decision = decide(observed([P0, P1], [running(P0), running(P1)], training(P0, P1), three), SETTINGS)
+    assert names_of(decision, CreatePod) == ["r-2-0"] and decision.membership.prepare == 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "ends"),
+    [(Reason.IMAGE_PULL_FAILED, True), (Reason.MISSING_SECRET, True), (Reason.UNSCHEDULABLE, False)],
+)
+def test_pods_that_cannot_start_are_named_and_free_their_gpus_in_time(reason: Reason, ends: bool) -> None:
+    stuck = [pod(i, phase="Pending", trouble=Trouble(reason, "what to do")) for i in range(2)]
+    pending = [condition(ConditionType.RUNNING, "False", Reason.PODS_PENDING, since=90)]
+    waiting = training(conditions=pending, generation=0, members=[], slots=[Slot(index=0), Slot(index=1)])
+    decision = decide(observed(stuck, [], waiting), SETTINGS)
+    shown = conditions.find(decision.status, ConditionType.RUNNING)
+    assert shown.reason == reason and "what to do" in shown.message and decision.status.state == State.PENDING
+    old = [replace(each, age=301.0) for each in stuck]
+    assert (decide(observed(old, [], waiting), SETTINGS).status.state == State.FAILED) is ends
+
+
+def test_storage_out_of_reach_is_told_and_ends_the_run_in_time() -> None:
+    broken = [agent(p, AgentState.WARMING, 0, termination=ended(ExitCode.STORAGE)) for p in (P0, P1)]
+    pending = [condition(ConditionType.RUNNING, "False", Reason.PODS_PENDING, since=90)]
+    status = training(P0, P1, conditions=pending, generation=0, members=[])
+    decision = decide(observed([P0, P1], broken, status), SETTINGS)
+    shown = conditions.find(decision.status, ConditionType.RUNNING)
+    assert shown.reason == Reason.STORAGE_UNAVAILABLE and "Check endpoint, bucket" in shown.message
+    assert decision.status.restarts.failures == 0 and decision.status.slots == status.slots
+    old = [replace(each, age=301.0) for each in (P0, P1)]
+    assert decide(observed(old, broken, status), SETTINGS).status.state == State.FAILED
+
+
+def test_a_quota_waits_and_an_invalid_pod_fails() -> None:
+    quota = Refusal("r-0-0", 403, 'pods "r-0-0" is forbidden: exceeded quota: gpus')
+    decision = decide(observed([], [], refusals=(quota,)), SETTINGS)
+    assert conditions.find(decision.status, ConditionType.RUNNING).reason == Reason.QUOTA_EXCEEDED
+    assert names_of(decision, CreatePod) == ["r-0-0", "r-1-0"], "it is tried again"
+    invalid = Refusal("r-0-0", 422, 'Pod "r-0-0" is invalid: spec.containers[0].image')
+    decision = decide(observed([], [], refusals=(invalid,)), SETTINGS)
+    assert decision.status.state == State.FAILED
+    assert "spec.containers[0].image" in conditions.find(decision.status, ConditionType.FAILED).message
+
+
+def test_too_few_nodes_wait_and_say_so() -> None:
+    two = {"elasticPolicy": {"minNodes": 2, "maxNodes": 2}}
+    alone = agent(P1, AgentState.READY, 1)
+    decision = decide(
+        observed([P0, P1], [running(P0, age=4.0), alone], training(P0, P1), two, prepare_age=3.0), SETTINGS
+    )
+    assert decision.status.state == State.WAITING and decision.status.generation == 1
+    shown = conditions.find(decision.status, ConditionType.RUNNING)
+    assert shown.reason == Reason.TOO_FEW_NODES and "1 of at least 2" in shown.message
+
+
+def test_hung_workers_are_restarted_and_counted() -> None:
+    status = training(P0, P1)
+    hung = observed([P0, P1], [running(P0), running(P1)], status, step_age=2000.0, generation_age=2000.0)
+    called = decide(hung, SETTINGS)
+    assert called.membership.prepare == 2 and called.status.restarts.failures == 0
+    slow = replace(hung, step_age=700.0, median_step=10.0)
+    assert decide(slow, SETTINGS).membership.prepare == 1, "a hundred median steps are not over"
+    assert decide(replace(slow, median_step=1.0), SETTINGS).membership.prepare == 2
+
+
+def test_a_member_that_never_comes_to_the_rendezvous_is_replaced() -> None:
+    stuck = observed([P0, P1], [running(P0), agent(P1, AgentState.READY, 1)], training(P0, P1), prepare_age=121.0)
+    decision = decide(stuck, SETTINGS)
+    assert decision.status.slots[0].incarnation == 1 and decision.status.restarts.by_reason == {"Hung": 1}
+
+
+def test_progress_is_written_now_and_then_only() -> None:
+    status = training(P0, P1, progress=Progress(step=5, total_steps=100), progress_time=ago(1))
+    status = decide(observed([P0, P1], [running(P0, step=5), running(P1)], status), SETTINGS).status
+    soon = observed([P0, P1], [running(P0, step=6), running(P1)], status.model_copy(update={"progress_time": ago(1)}))
+    decision = decide(soon, SETTINGS)
+    assert decision.status == soon.status and decision.requeue_after <= 1.0
+    later = replace(soon, status=status.model_copy(update={"progress_time": ago(2.5)}))
+    assert decide(later, SETTINGS).status.progress.step == 6
+    checkpoint = CheckpointStatus(step=5, uri="s3://c", time=NOW)
+    saved = replace(soon, agents=(running(P0, step=6, checkpoint=checkpoint), running(P1)))
+    assert decide(saved, SETTINGS).status.progress.step == 6, "with anything else it goes along"
+
+
+def test_a_checkpoint_never_goes_back() -> None:
+    newest = CheckpointStatus(step=20, uri="s3://new", time=NOW)
+    old = CheckpointStatus(step=10, uri="s3://old", time=NOW)
+    o = observed([P0], [running(P0, checkpoint=old)], training(P0, checkpoint=newest))
+    assert decide(o, SETTINGS).status.checkpoint == newest
