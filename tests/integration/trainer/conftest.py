@@ -21,7 +21,28 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-WORDS = "the quick brown fox jumps over a lazy dog while seven wise owls watch from old oak trees near rivers".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wise",
+    "owls",
+    "watch",
+    "from",
+    "old",
+    "oak",
+    "trees",
+    "near",
+    "rivers",
+]
 
 
 def make_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> None:

@@ -1,11 +1,8 @@
 """Worker processes over gloo, from file:// sources to a file:// bucket."""
 
-import json
 from pathlib import Path
 
-from qlora_api.run import Command
-from qlora_trainer import control
-from qlora_trainer.control import Control, Phase
+from qlora_trainer.control import Phase
 from qlora_trainer.storage import FileStore
 
 
