@@ -1,0 +1,130 @@
+"""Fill the examples' bucket: the model, the samples; and the Secret by which the trainer's pods reach it.
+
+The store is the local cluster's own or, with CLUSTER=current, the one of the AWS_* variables. A large file that is there
+already with the right size is not sent again.
+
+    python -m hack.demo.upload        prints what it sent
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import boto3
+from botocore.exceptions import ClientError
+from hack.demo.kubectl import ROOT, Kubectl, Manifest, cluster
+from hack.demo.prepare_model import prepare_model
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+BUCKET = "qlora-demo"
+MODEL_PREFIX = "models/smollm2-135m-instruct"
+RUNS_PREFIX = "runs"
+SECRET = "qlora-s3"
+NUM_SMALL = 120
+LARGE = 1 << 20
+DATA = ROOT / "examples" / "data"
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
+
+
+@dataclass(frozen=True)
+class Store:
+    """An S3 store as this machine and as the pods reach it."""
+
+    credentials: Mapping[str, str]
+    endpoint: str
+    endpoint_in_pods: str
+
+    @classmethod
+    def find(cls) -> "Store":
+        """The local cluster's store, or with CLUSTER=current the one of the AWS_* variables.
+
+        Raises:
+            ValueError: a variable is missing.
+        """
+        if os.environ.get("CLUSTER", "local") == "local":
+            status = json.loads(cluster("status"))
+            lines = Path(status["s3_credentials"]).read_text().splitlines()
+            values = dict(line.split("=", 1) for line in lines if "=" in line)
+            return cls(_credentials(values), status["s3"], status["s3_in_pods"])
+        endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
+        return cls(_credentials(os.environ), endpoint, os.environ.get("AWS_ENDPOINT_URL_IN_PODS", endpoint))
+
+    def client(self) -> "S3Client":
+        """A boto3 client for this machine."""
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint or None,
+            aws_access_key_id=self.credentials["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=self.credentials["AWS_SECRET_ACCESS_KEY"],
+            region_name=self.credentials["AWS_REGION"],
+        )
+
+    def secret(self, name: str = SECRET) -> Manifest:
+        """The Secret for the pods."""
+        data: dict[str, Any] = dict(self.credentials)
+        if self.endpoint_in_pods:
+            data["AWS_ENDPOINT_URL"] = self.endpoint_in_pods
+        return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": data}
+
+
+def _credentials(values: Mapping[str, str]) -> dict[str, str]:
+    given = {"AWS_REGION": "us-east-1", **values}
+    if missing := [name for name in CREDENTIALS if not given.get(name)]:
+        raise ValueError(f"set {', '.join(missing)}: the examples need an S3 store (see examples/s3-secret.yaml)")
+    return {name: given[name] for name in CREDENTIALS}
+
+
+def files() -> Iterator[tuple[str, bytes | Path]]:
+    """(key, content) of everything that the examples read."""
+    for path in sorted(prepare_model().iterdir()):
+        yield f"{MODEL_PREFIX}/{path.name}", path
+    for name in ("train", "eval"):
+        yield f"data/{name}.jsonl", DATA / f"{name}.jsonl"
+    lines = (DATA / "train.jsonl").read_bytes().splitlines(keepends=True)
+    yield "data/small.jsonl", b"".join(lines[:NUM_SMALL])
+
+
+def upload(client: "S3Client", bucket: str = BUCKET) -> list[str]:
+    """Create the bucket if need be and send what it lacks; the keys sent."""
+    try:
+        client.head_bucket(Bucket=bucket)
+    except ClientError:
+        client.create_bucket(Bucket=bucket)
+    sent = []
+    for key, content in files():
+        size = content.stat().st_size if isinstance(content, Path) else len(content)
+        if size >= LARGE and _size(client, bucket, key) == size:
+            continue
+        if isinstance(content, Path):
+            client.upload_file(str(content), bucket, key)
+        else:
+            client.put_object(Bucket=bucket, Key=key, Body=content)
+        sent.append(key)
+    return sent
+
+
+def _size(client: "S3Client", bucket: str, key: str) -> int | None:
+    try:
+        return client.head_object(Bucket=bucket, Key=key)["ContentLength"]
+    except ClientError:
+        return None
+
+
+def give_access(kubectl: Kubectl, store: Store) -> None:
+    """Write the Secret into the namespace, server-side, so that its values are in no annotation."""
+    kubectl.must("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=json.dumps(store.secret()))
+
+
+def main() -> None:
+    """Fill the bucket."""
+    sent = upload(Store.find().client())
+    print("\n".join(sent))
+
+
+if __name__ == "__main__":
+    main()
