@@ -18,7 +18,7 @@ S3_URI = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\s]*)?$"
 
 SOURCE: dict[str, Any] = {"x-sentence": "write hf://org/name, s3://bucket/path, pvc://claim/path or file:///path"}
 S3_SOURCE: dict[str, Any] = {"x-sentence": "write s3://bucket/prefix; a bucket has 3 to 63 of a-z, 0-9, dot and hyphen"}
-ENDPOINT = {"x-sentence": "write http://host:port or https://host:port"}
+ENDPOINT: dict[str, Any] = {"x-sentence": "write http://host:port or https://host:port"}
 
 
 def immutable(field: str) -> dict[str, Any]:
