@@ -1,7 +1,7 @@
 """Fill the examples' bucket: the model, the samples; and the Secret by which the trainer's pods reach it.
 
-The store is the local cluster's own or, with CLUSTER=current, the one of the AWS_* variables. A large file that is there
-already with the right size is not sent again.
+The store is the local cluster's own or, with CLUSTER=current, the one of the AWS_* variables. A large file that is
+there already with the right size is not sent again.
 
     python -m hack.demo.upload        prints what it sent
 """
