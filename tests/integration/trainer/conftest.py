@@ -3,13 +3,14 @@
 import json
 import multiprocessing
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qlora_api.run import ExitCode, RunIdentity, Termination, TrainConfig
+from qlora_api.run import Command, RunIdentity, Termination, TrainConfig
 from qlora_api.types import QLoRAFinetuneSpec
 from qlora_trainer import control
 from qlora_trainer.control import Control, WorkerEnv, WorkerState
@@ -17,32 +18,12 @@ from qlora_trainer.train import work
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+PRELOAD = ["qlora_trainer.train", "torch._dynamo", "accelerate", "bitsandbytes", "peft", "matplotlib.figure"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "wise",
-    "owls",
-    "watch",
-    "from",
-    "old",
-    "oak",
-    "trees",
-    "near",
-    "rivers",
-]
+WORDS = ("the quick brown fox jumps over a lazy dog while seven wise owls watch from old oak trees near rivers").split()  # noqa: SIM905
 
 
 def make_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> None:
@@ -148,15 +129,15 @@ class World:
             trace=True,
         )
 
-    def start(self, pods: list[int]) -> None:
-        """Start one worker in each pod, in a new generation."""
+    def start(self, pods: list[int], command: Command = Command.RUN) -> None:
+        """Start one worker in each pod, in a new generation; told to STOP, they stop at the first step boundary."""
         self.generation += 1
         meeting = self.root / f"meeting-{self.generation}"
         self.processes = []
         for rank, pod in enumerate(pods):
             env = replace(self.env(pod), rank=rank, world_size=len(pods), init_method=f"file://{meeting}")
             control.clear_worker_files(env.run_dir)
-            control.write_control(env.run_dir, Control(generation=self.generation))
+            control.write_control(env.run_dir, Control(generation=self.generation, command=command))
             process = self.context.Process(target=work, args=(self.config, env), daemon=True)
             process.start()
             self.processes.append(process)
@@ -168,9 +149,9 @@ class World:
             assert process.exitcode is not None, "a worker hangs"
         return [process.exitcode for process in self.processes]
 
-    def run(self, pods: list[int]) -> list[int]:
+    def run(self, pods: list[int], command: Command = Command.RUN) -> list[int]:
         """Start and wait; what failed is printed."""
-        self.start(pods)
+        self.start(pods, command)
         codes = self.wait()
         for pod in pods:
             if termination := self.termination(pod):
@@ -189,6 +170,12 @@ class World:
     def termination(self, pod: int) -> Termination | None:
         return control.read_termination(self.env(pod).run_dir, 0)
 
+    def adapter(self) -> dict[str, Any]:
+        """The published tensors."""
+        from safetensors.torch import load_file
+
+        return load_file(self.root / "bucket" / "run-01234567" / "adapter" / "adapter_model.safetensors")
+
     def traces(self) -> list[dict[str, Any]]:
         """What every rank of every generation consumed."""
         files = self.root.glob("pod-*/trace-*.jsonl")
@@ -196,14 +183,17 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path, model_dir: Path, data_file: Path) -> Any:
-    """A world over the tiny Llama with a file:// output; change `config` before the start."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["qlora_trainer.train", "torch._dynamo"])
-    made = World(tmp_path, make_config(model_dir, data_file, f"file://{tmp_path}/bucket"))
-    yield made
-    made.kill()
+def make_world(tmp_path: Path, model_dir: Path, data_file: Path) -> Iterator[Callable[..., World]]:
+    """name and sections of the spec -> a world over the tiny Llama, with a file:// output of its own."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    worlds: list[World] = []
 
+    def make(name: str = "world", base: Path = model_dir, data: Path = data_file, **spec: dict[str, Any]) -> World:
+        root = tmp_path / name
+        root.mkdir()
+        worlds.append(World(root, make_config(base, data, f"file://{root}/bucket", **spec)))
+        return worlds[-1]
 
-@pytest.fixture
-def ok() -> int:
-    return int(ExitCode.OK)
+    yield make
+    for made in worlds:
+        made.kill()

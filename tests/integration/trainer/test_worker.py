@@ -1,16 +1,143 @@
-"""Worker processes over gloo, from file:// sources to a file:// bucket."""
+"""Worker processes over gloo, from file:// sources to a file:// bucket: one world, changing worlds, broken worlds."""
 
-from pathlib import Path
+import json
+import time
+from collections.abc import Callable
+from typing import Any
 
-from qlora_trainer.control import Phase
+import pytest
+import torch
+
+from qlora_api.run import Command, ExitCode
+from qlora_trainer import control
+from qlora_trainer.checkpoint import find_complete
+from qlora_trainer.control import Control, Phase
 from qlora_trainer.storage import FileStore
 
+MakeWorld = Callable[..., Any]
+NO_EVAL = {"evalFraction": 0.0}
 
-def test_two_ranks_train_and_publish(world, tmp_path: Path) -> None:
+
+def bucket(world: Any) -> FileStore:
+    return FileStore(world.root / "bucket" / "run-01234567")
+
+
+def order(world: Any) -> dict[int, list[list[int]]]:
+    """step -> samples of its micro batches in order; every repetition of a step must have been the same."""
+    steps: dict[int, dict[int, list[int]]] = {}
+    for line in world.traces():
+        known = steps.setdefault(line["step"], {}).setdefault(line["micro"], line["samples"])
+        assert known == line["samples"], f"step {line['step']} saw other samples when it was repeated"
+    return {step: [micros[index] for index in sorted(micros)] for step, micros in sorted(steps.items())}
+
+
+def test_two_ranks_train_and_publish(make_world: MakeWorld) -> None:
+    world = make_world()
     assert world.run([0, 1]) == [0, 0]
     for pod in (0, 1):
         state = world.state(pod)
-        assert state.phase == Phase.FINISHED and state.progress.step == 6
-        assert state.artifacts.eval_loss_after < state.artifacts.eval_loss_before
-    keys = [entry.key for entry in FileStore(tmp_path / "bucket").list()]
-    print(keys, state)
+        assert state.phase == Phase.FINISHED and state.progress.step == 6 and state.snapshot_step == 6
+        assert state.artifacts.eval_loss_after < state.artifacts.eval_loss_before - 0.1
+    keys = {entry.key: entry.size for entry in bucket(world).list()}
+    manifest = json.loads((world.root / "bucket/run-01234567/manifest.json").read_text())
+    assert {f["name"]: f["size"] for f in manifest["files"]} == {k: v for k, v in keys.items() if k[:8] == "adapter/"}
+    assert {"adapter/README.md", "adapter/loss.png", "adapter/adapter_config.json"} <= keys.keys()
+    assert manifest["provenance"]["spec"]["lora"]["r"] == 4 and manifest["provenance"]["model_digest"]
+    assert [m.step for m in find_complete(bucket(world))] == [6, 4]
+    assert world.run([0]) == [0], "a finished run is not trained again"
+    assert world.state(0).artifacts == state.artifacts
+
+
+@pytest.fixture
+def straight(make_world: MakeWorld) -> Any:
+    """Six steps on two ranks without a break."""
+    world = make_world("straight", dataset=NO_EVAL)
+    assert world.run([0, 1]) == [0, 0]
+    return world
+
+
+def walk(world: Any, pods_of_steps: list[list[int]]) -> None:
+    """One step in each of these worlds, stopped at its boundary."""
+    for pods in pods_of_steps:
+        assert world.run(pods, Command.STOP) == [ExitCode.STOPPED] * len(pods)
+
+
+def test_a_walk_through_world_sizes(make_world: MakeWorld, straight: Any) -> None:
+    """2-1-3-2: each sample once, in the same order, and the same adapter within float tolerance."""
+    world = make_world("walk", dataset=NO_EVAL)
+    walk(world, [[0, 1], [0], [0, 1, 2], [1, 2]])
+    assert world.run([0, 1]) == [0, 0]
+    assert order(world) == order(straight)
+    seen = [line["step"] for line in world.traces()]
+    assert len(seen) == 6 * 6, "no step was done twice"
+    for name, tensor in straight.adapter().items():
+        torch.testing.assert_close(world.adapter()[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_restarts_at_equal_size_are_bit_equal(make_world: MakeWorld, straight: Any) -> None:
+    """From memory snapshots, and from the bucket by pods that have none."""
+    world = make_world("restarts", dataset=NO_EVAL)
+    walk(world, [[0, 1], [0, 1]])
+    walk(world, [[2, 3]])
+    assert world.run([2, 4]) == [0, 0]
+    assert all(torch.equal(world.adapter()[name], tensor) for name, tensor in straight.adapter().items())
+
+
+def test_killed_in_the_middle(make_world: MakeWorld, straight: Any) -> None:
+    """SIGKILL for one of two; the survivor goes on alone from its snapshot and loses at most one step."""
+    world = make_world("killed", dataset=NO_EVAL)
+    world.start([0, 1])
+    while not ((state := world.state(1)) and state.progress.step >= 2):
+        assert all(process.is_alive() for process in world.processes)
+        time.sleep(0.01)
+    world.processes[1].kill()
+    assert world.wait()[0] == ExitCode.LOST_PEER
+    reached = world.state(0).progress.step
+    assert world.run([0]) == [0]
+    assert order(world) == order(straight)
+    resumed = min(line["step"] for line in world.traces() if line["generation"] == 2)
+    assert resumed >= reached - 1
+    for name, tensor in straight.adapter().items():
+        torch.testing.assert_close(world.adapter()[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_prepare_parks_all_at_one_step(make_world: MakeWorld) -> None:
+    """One agent's wish parks every rank at the same boundary, with snapshots of it."""
+    world = make_world("parked", training={"maxSteps": 1000}, dataset=NO_EVAL)
+    world.start([0, 1])
+    while not ((state := world.state(0)) and state.progress.step >= 2):
+        time.sleep(0.01)
+    control.write_control(world.env(1).run_dir, Control(generation=1, prepare=2))
+    while not all((state := world.state(pod)) and state.phase == Phase.PARKED for pod in (0, 1)):
+        assert all(process.is_alive() for process in world.processes)
+        time.sleep(0.01)
+    steps = {world.state(pod).progress.step for pod in (0, 1)}
+    assert steps == {world.state(pod).snapshot_step for pod in (0, 1)} and len(steps) == 1
+    world.kill()
+
+
+@pytest.mark.parametrize(
+    ("spec", "code", "says"),
+    [
+        ({"model": {"uri": "file:///nowhere"}}, ExitCode.BAD_MODEL, "does not exist"),
+        ({"dataset": {"uri": "file:///nowhere.jsonl"}}, ExitCode.BAD_DATA, "does not exist"),
+        ({"dataset": {"format": "messages"}}, ExitCode.BAD_DATA, "train.jsonl:1: `messages` is missing"),
+        ({"training": {"optimizer": "adamw_8bit"}}, ExitCode.BAD_CONFIG, "use adamw"),
+        ({"training": {"learningRate": 1e-30}}, ExitCode.BAD_ADAPTER, "unchanged"),
+    ],
+)
+def test_bad_input_ends_with_its_code(make_world: MakeWorld, spec: dict[str, Any], code: ExitCode, says: str) -> None:
+    world = make_world("bad", **spec)
+    assert world.run([0]) == [code]
+    assert says in world.termination(0).message
+
+
+def test_a_damaged_base_is_not_trained_on(make_world: MakeWorld) -> None:
+    world = make_world("damaged", dataset=NO_EVAL)
+    walk(world, [[0, 1]])
+    packed = next((world.root / "cache" / "packed").glob("*/layer-00001.bin"))
+    content = bytearray(packed.read_bytes())
+    content[len(content) // 3] ^= 4
+    packed.write_bytes(content)
+    assert ExitCode.CORRUPT_BASE in world.run([0, 1])
+    assert world.run([0, 1]) == [0, 0], "the next start builds the damaged layer anew"

@@ -35,6 +35,7 @@ from qlora_trainer.storage import ObjectStore, read_bytes
 
 FORMAT = 1
 _FOLDER = "checkpoints"
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is what is meant
 _SLICED_FROM = 4096  # elements; smaller tensors go whole into one rank's file
 
 
@@ -122,14 +123,12 @@ class CheckpointWriter:
         )
         staging = Path(tempfile.mkdtemp(prefix="checkpoint-"))
         sliced = {name: _slice(tensor, self._mesh) for name, tensor in state.items()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to save in a single process"
-            future = dcp.async_save(
-                sliced,
-                storage_writer=_StoreWriter(staging, self._store, manifest, self._keep),
-                process_group=self._group,
-                no_dist=self._mesh is None,
-            )
+        future = dcp.async_save(
+            sliced,
+            storage_writer=_StoreWriter(staging, self._store, manifest, self._keep),
+            process_group=self._group,
+            no_dist=self._mesh is None,
+        )
         assert isinstance(future, Future)
         self._pending = (manifest, staging, future)
 
@@ -203,9 +202,7 @@ def load(store: ObjectStore, manifest: Manifest) -> dict[str, Tensor]:
         folder = Path(name)
         for record in manifest.files:
             _download(store, manifest, record, folder / record.name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to load in a single process"
-            dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     return state
 
 

@@ -1,0 +1,72 @@
+"""Why a worker ends, and the files that tell it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api.names import Reason
+from qlora_api.run import NEVER_RETRIED, Command, ExitCode
+from qlora_trainer import control, errors
+from qlora_trainer.control import Control, Phase, WorkerEnv, WorkerState
+from qlora_trainer.train import guarded
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "reason"),
+    [
+        (errors.BadData("a.jsonl:3: not JSON"), ExitCode.BAD_DATA, Reason.INVALID_DATASET),
+        (errors.StorageError("bucket b at http://s3"), ExitCode.STORAGE, Reason.STORAGE_UNAVAILABLE),
+        (OutOfMemoryError("CUDA out of memory"), ExitCode.OUT_OF_MEMORY, Reason.OUT_OF_MEMORY),
+        (MemoryError(), ExitCode.OUT_OF_MEMORY, Reason.OUT_OF_MEMORY),
+        (RuntimeError("Connection closed by peer [10.0.0.2]:4711"), ExitCode.LOST_PEER, Reason.LOST_PEER),
+        (RuntimeError("shapes do not fit"), ExitCode.INTERNAL, "RuntimeError"),
+        (KeyError("x"), ExitCode.INTERNAL, "KeyError"),
+    ],
+)
+def test_errors_have_exit_codes(error: Exception, code: ExitCode, reason: str) -> None:
+    termination = errors.classify(error, rank=1, step=7)
+    assert (termination.exit_code, termination.reason) == (code, reason)
+    assert termination.message and (termination.rank, termination.step) == (1, 7)
+
+
+def test_every_error_class_has_a_code_of_its_own() -> None:
+    classes = errors.TrainerError.__subclasses__()
+    assert len({cls.exit_code for cls in classes}) == len(classes)
+    assert {cls.exit_code for cls in classes} >= NEVER_RETRIED
+    assert all(cls.exit_code != ExitCode.INTERNAL for cls in classes)
+
+
+def test_guarded_leaves_a_termination(env: WorkerEnv, make_config: Any, tmp_path: Path) -> None:
+    control.write_worker_state(env.run_dir, 0, WorkerState.model_validate({"progress": {"step": 5}}))
+
+    def job(config: Any, env: WorkerEnv) -> None:
+        raise errors.BadAdapter("x" * 10_000)
+
+    assert guarded(job, make_config(), env) == ExitCode.BAD_ADAPTER
+    termination = control.read_termination(env.run_dir, 0)
+    assert termination is not None and termination.step == 5 and len(termination.message) <= errors.MAX_TEXT
+    assert guarded(job, tmp_path / "no-config.json", env) == ExitCode.BAD_CONFIG
+
+
+def test_files_between_agent_and_worker(env: WorkerEnv) -> None:
+    assert control.read_control(env.run_dir) == Control()
+    assert control.read_worker_state(env.run_dir, 0) is None
+    wish = Control(generation=3, prepare=4, command=Command.STOP)
+    control.write_control(env.run_dir, wish)
+    state = WorkerState(generation=3, phase=Phase.PARKED, metrics={"step_seconds": 1.5})
+    control.write_worker_state(env.run_dir, 1, state)
+    assert control.read_control(env.run_dir) == wish
+    assert control.read_worker_state(env.run_dir, 1) == state
+    control.clear_worker_files(env.run_dir)
+    assert control.read_worker_state(env.run_dir, 1) is None and control.read_control(env.run_dir) == wish
+
+
+def test_environment_of_torch_elastic() -> None:
+    env = WorkerEnv.of_environment({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "QLORA_GENERATION": "9"})
+    assert (env.rank, env.local_rank, env.world_size, env.generation) == (3, 1, 4, 9)
+    assert env.run_dir == Path("/run/qlora") and env.init_method == "env://"

@@ -1,0 +1,145 @@
+"""History, picture, card, checkpoints of a single process, and what makes an adapter bad."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qlora_trainer import adapter, checkpoint
+from qlora_trainer.errors import BadAdapter, StorageError
+from qlora_trainer.report import MAX_POINTS, History, loss_picture, model_card
+from qlora_trainer.storage import FileStore, read_bytes
+
+A, B = "base_model.model.l.lora_A.weight", "base_model.model.l.lora_B.weight"
+
+
+def test_history_stays_small_and_travels() -> None:
+    history = History()
+    for step in range(1, 5 * MAX_POINTS):
+        history.add(step, 1 / step, 1e-4, 0.5)
+    assert MAX_POINTS // 2 <= len(history.points) <= MAX_POINTS
+    steps = [point[0] for point in history.points]
+    assert steps == list(range(history.every, 5 * MAX_POINTS, history.every))
+    history.add_evaluation(0, 3.0)
+    history.add_evaluation(10, 2.0)
+    history.add_evaluation(10, 1.0)
+    assert (history.eval_loss_before, history.eval_loss) == (3.0, 1.0)
+    assert History.of_json(history.to_json()) == history
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "stops"),
+    [
+        ([3, 2, 1], 1, False),
+        ([3, 2, 2], 1, True),
+        ([3, 2, 2.5, 1.9], 2, False),
+        ([3, 2, 2.1, 2.2], 2, True),
+        ([3], 1, False),
+    ],
+)
+def test_early_stopping(losses: list[float], patience: int, stops: bool) -> None:
+    history = History(evaluations=[(i, loss) for i, loss in enumerate(losses)])
+    assert history.stopped_improving(patience) is stops
+    assert not history.stopped_improving(None)
+
+
+def test_picture_and_card(make_config: Any) -> None:
+    history = History(points=[(1, 2.0, 1e-4, 1.0), (2, 1.0, 1e-4, 1.0)], evaluations=[(0, 2.0), (2, 1.5)])
+    assert loss_picture(history, "run").startswith(b"\x89PNG")
+    config = make_config(model={"uri": "hf://org/base"})
+    metrics = adapter.metrics_of(history, 2, {"tokens_per_second": 12.34567})
+    card = model_card(config, metrics, adapter.provenance_of(config, {"model_digest": "m", "dataset_digest": "d"}))
+    assert "base_model: org/base" in card and "| eval loss after | 1.5 |" in card and "torch" in card
+
+
+def test_bad_adapters() -> None:
+    good = {A: torch.ones(2, 3), B: torch.ones(3, 2)}
+    adapter.require_trained(good)
+    for state, says in (
+        ({}, "empty"),
+        ({**good, A: torch.full((2, 3), torch.nan)}, "not finite"),
+        ({**good, B: torch.zeros(3, 2)}, "unchanged"),
+    ):
+        with pytest.raises(BadAdapter, match=says):
+            adapter.require_trained(state)
+
+
+def test_what_was_written_is_compared(tmp_path: Path) -> None:
+    state = {A: torch.ones(2, 3), B: torch.ones(3, 2)}
+    save_file({**state, B: torch.zeros(3, 2)}, tmp_path / adapter.WEIGHTS)
+    with pytest.raises(BadAdapter, match="not what was trained"):
+        adapter.require_same(state, tmp_path)
+    save_file({A: state[A]}, tmp_path / adapter.WEIGHTS)
+    with pytest.raises(BadAdapter, match="1 tensors instead of 2"):
+        adapter.require_same(state, tmp_path)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[FileStore, dict[str, torch.Tensor]]:
+    """Checkpoints of steps 1 to 4 under generation 2, two of them kept."""
+    store = FileStore(tmp_path / "bucket")
+    writer = checkpoint.CheckpointWriter(store, keep=2, mesh=None)
+    state = {"adapter.master": torch.randn(5000), "adapter.absmax1": torch.rand(20)}
+    for step in range(1, 5):
+        state["adapter.master"] += 1
+        writer.save(step, 2, state, {"step": step})
+    writer.finish()
+    assert writer.newest is not None and writer.newest.step == 4
+    return store, state
+
+
+def test_checkpoints_come_back_and_old_ones_go(saved: tuple[FileStore, dict[str, torch.Tensor]]) -> None:
+    store, state = saved
+    complete = checkpoint.find_complete(store)
+    assert [manifest.step for manifest in complete] == [4, 3]
+    loaded = checkpoint.load(store, complete[0])
+    assert complete[0].extra == {"step": 4}
+    assert all(torch.equal(loaded[name], state[name]) for name in state) and loaded.keys() == state.keys()
+    assert not any(read_bytes(store, e.key)[:1] == b"\x80" for e in store.list()), "no pickle anywhere"
+
+
+def test_incomplete_and_damaged_checkpoints_do_not_count(saved: tuple[FileStore, dict[str, torch.Tensor]]) -> None:
+    store, _ = saved
+    folder = checkpoint.folder_of(4, 2)
+    name = checkpoint.find_complete(store)[0].files[0].name
+    content = bytearray(read_bytes(store, f"{folder}/{name}"))
+    content[-1] ^= 1
+    store.put(f"{folder}/{name}", bytes(content))
+    with pytest.raises(StorageError, match="differs from its manifest"):
+        checkpoint.load(store, checkpoint.find_complete(store)[0])
+    store.put(f"{folder}/{name}", b"short")
+    assert [manifest.step for manifest in checkpoint.find_complete(store)] == [3]
+    store.delete([f"{checkpoint.folder_of(3, 2)}/manifest.json"])
+    assert checkpoint.find_complete(store) == []
+
+
+def test_what_is_complete_is_never_overwritten(saved: tuple[FileStore, dict[str, torch.Tensor]]) -> None:
+    store, state = saved
+    before = read_bytes(store, f"{checkpoint.folder_of(4, 2)}/manifest.json")
+    writer = checkpoint.CheckpointWriter(store, keep=2, mesh=None)
+    writer.save(4, 2, state, {"step": "other"})
+    writer.finish()
+    assert read_bytes(store, f"{checkpoint.folder_of(4, 2)}/manifest.json") == before
+
+
+def test_a_failed_save_is_told_and_the_next_one_works(tmp_path: Path) -> None:
+    class Full(FileStore):
+        broken = True
+
+        def put(self, key: str, data: bytes | Path, if_none_match: bool = False) -> bool:
+            if self.broken:
+                raise StorageError("bucket is full")
+            return super().put(key, data, if_none_match)
+
+    store = Full(tmp_path / "bucket")
+    writer = checkpoint.CheckpointWriter(store, keep=1, mesh=None)
+    state = {"adapter.master": torch.ones(10)}
+    writer.save(1, 1, state, {})
+    error = writer.collect(wait=True)
+    assert isinstance(error, StorageError) and "full" in str(error) and writer.num_failures == 1
+    store.broken = False
+    writer.save(2, 1, state, {})
+    writer.finish()
+    assert writer.num_failures == 0 and [m.step for m in checkpoint.find_complete(store)] == [2]
