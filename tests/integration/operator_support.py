@@ -207,6 +207,7 @@ class World:
     prepare_agent: Callable[[FakeAgent], None] = lambda agent: None
     warm_seconds: float = 0.2
     _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    _bound: set[str] = field(default_factory=set)
 
     @property
     def pods_path(self) -> str:
@@ -238,8 +239,9 @@ class World:
         if "deletionTimestamp" in pod["metadata"]:
             self.kill(uid)
             await self.kube.request("DELETE", f"{self.pods_path}/{name}", query={"gracePeriodSeconds": "0"})
-        elif not node and len(self._tasks) < self.capacity:
+        elif not node and len(self._bound) < self.capacity:
             await self._bind(name)
+            self._bound.add(name)
         elif node and uid not in self._tasks:
             await self._start(pod)
 

@@ -33,9 +33,9 @@ class Server:
         await self._listen(self._plain_application(), settings.metrics_port, None)
 
     async def _listen(self, app: web.Application, port: int, context: ssl.SSLContext | None) -> None:
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
         await runner.setup()
-        site = web.TCPSite(runner, self._host, port, ssl_context=context, shutdown_timeout=0.5)
+        site = web.TCPSite(runner, self._host, port, ssl_context=context)
         await site.start()
         self._runners.append(runner)
         self.ports.append(runner.addresses[0][1])
