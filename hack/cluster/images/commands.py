@@ -16,12 +16,15 @@ RELEASE, NAMESPACE = "qlora-operator", "qlora-system"
 
 def load_all(cluster: Cluster | None, names: list[str]) -> dict[str, str]:
     """Builds the named images and brings them to the cluster's nodes, or with None to REGISTRY; name -> reference."""
-    with locked("images"):
-        if cluster is None:
-            return {name: _to_registry(builder.IMAGES[name]) for name in names}
+    if cluster is not None:
         preflight.check_images()
         transport.ensure_tools()
-        return {name: _to_nodes(builder.IMAGES[name], cluster) for name in names}
+    references = {}
+    for name in names:
+        with locked(f"image-{name}"):
+            image = builder.IMAGES[name]
+            references[name] = _to_nodes(image, cluster) if cluster else _to_registry(image)
+    return references
 
 
 def _to_nodes(image: builder.Image, cluster: Cluster) -> str:
@@ -59,6 +62,7 @@ def deploy(cluster: Cluster | None, extra: list[str]) -> None:
         repository, _, tag = reference.rpartition(":")
         values += ["--set", f"{prefix}.repository={repository}", "--set", f"{prefix}.tag={tag}"]
     install = ["upgrade", "--install", RELEASE, str(PROJECT / "charts" / "qlora-operator"), "--wait"]
+    install += ["--take-ownership", "--force-conflicts"]  # the CRD may be there already, from `make install`
     _helm(cluster, *install, "--namespace", NAMESPACE, "--create-namespace", *values, *extra)
 
 
