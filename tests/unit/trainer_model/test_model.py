@@ -187,9 +187,9 @@ def test_damage_on_disk_is_refused_and_built_anew(checkpoint, config_of, cache):
 
 
 def test_builders_share_one_cache(checkpoint, config_of, cache):
-    config = config_of(quantization={"type": "fp4"})
+    config, folder = config_of(quantization={"type": "fp4"}), checkpoint()
     with ThreadPoolExecutor(4) as pool:
-        packed = list(pool.map(lambda _: ensure_packed(config, checkpoint(), cache, CPU), range(4)))
+        packed = list(pool.map(lambda _: ensure_packed(config, folder, cache, CPU), range(4)))
     assert len({p.digest for p in packed}) == 1
     assert sorted(p.name for p in (cache / "packed").iterdir()) == [packed[0].digest]
     build(config, checkpoint(), cache).verify()

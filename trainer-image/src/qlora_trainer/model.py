@@ -6,6 +6,7 @@ computes does not depend on how many there are. The forward of a decoder layer s
 """
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -27,6 +28,9 @@ from qlora_trainer.ops import GroupSpec, weight_of
 from qlora_trainer.quant import ALIGNMENT, FP_TYPES, fingerprint
 from qlora_trainer.sharding import Strategy, layer_bytes, packed_parameter, shard_layer, shard_root
 from qlora_trainer.skeleton import build_skeleton, decoder_layers, group_linears, is_target
+
+
+ENV_COMPILE = "QLORA_COMPILE"  # "0" or "1": overrides whether the layers are compiled
 
 
 class TrainableModel:
@@ -106,6 +110,10 @@ class TrainableModel:
         decoder = self.hf_model.base_model
         return decoder(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False).last_hidden_state
 
+    def compile_loss(self) -> None:
+        """Fuse the elementwise part of the cross-entropy."""
+        self._token_losses = torch.compile(token_losses, dynamic=False)
+
     def verify(self) -> None:
         """Compare every layer's bytes, as the ranks gather them, with the index. Raises CorruptBase."""
         for index, (layer, packed) in enumerate(zip(self.layers, self.packed.layers, strict=True)):
@@ -158,6 +166,7 @@ def build_model(
     _replace_linears(layers, groups, dora)
     adapter = Adapter(groups, device, dtype, spec.training.seed, spec.lora.freeze_a, dora)
     strategy, offload = _strategy(config, mesh), spec.training.cpu_offload
+    compiles = _compiles(device)
     recomputed = len(layers) if spec.training.gradient_checkpointing == "full" else 0
     for index, layer in enumerate(layers):
         sharded = mesh is not None and strategy != "NO_SHARD"
@@ -166,27 +175,41 @@ def build_model(
         if sharded:
             assert mesh is not None
             shard_layer(layer, mesh, strategy, offload, pin_memory=device.type == "cuda")
-        layer.forward = partial(_run_layer, layer.forward, layer, states[index], index < recomputed)
+        layer.forward = partial(_run_layer, _forwards(layer, compiles), layer, states[index], index < recomputed)
     model = TrainableModel(hf_model, packed, adapter, config, device)
     if mesh is not None and strategy != "NO_SHARD":
         shard_root(hf_model, layers, mesh)
         model.sharded = True
+    if compiles:
+        model.compile_loss()
     if dora:
-        _measure_magnitudes(model, states)
+        _measure_magnitudes(model)
     model.train()
     return model
 
 
+def _forwards(layer: nn.Module, compiles: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A layer's forward for training and for evaluation. Compiled once: all layers share their code and its guards."""
+    return (torch.compile(layer.forward, dynamic=False) if compiles else layer.forward), layer.forward
+
+
 def _run_layer(
-    forward: Callable[..., Any], layer: nn.Module, state: LayerState, recompute: bool, *args: Any, **kwargs: Any
+    forwards: tuple[Callable[..., Any], Callable[..., Any]],
+    layer: nn.Module,
+    state: LayerState,
+    recompute: bool,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """A decoder layer's forward, inside FSDP2's hooks: hand the gathered bytes over, recompute if asked to."""
     state.blob = layer_bytes(layer)
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(
-            forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_recompute_contexts, **kwargs
-        )
-    return forward(*args, **kwargs)
+    if not torch.is_grad_enabled():
+        return forwards[1](*args, **kwargs)
+    if not recompute:
+        return forwards[0](*args, **kwargs)
+    return checkpoint(
+        forwards[0], *args, use_reentrant=False, preserve_rng_state=False, context_fn=_recompute_contexts, **kwargs
+    )
 
 
 class _Recomputing:
@@ -263,6 +286,11 @@ def _fill_rest(hf_model: nn.Module, rest: dict[str, Tensor], device: torch.devic
                 module._buffers[leaf] = buffer.to(device)
 
 
+def _compiles(device: torch.device) -> bool:
+    """Whether decoder layers and the loss are compiled: on GPUs, unless ENV_COMPILE says otherwise."""
+    return os.environ.get(ENV_COMPILE, "1" if device.type == "cuda" else "0") == "1"
+
+
 def _load_bytes(packed: PackedModel, index: int, rank: int, size: int, device: torch.device) -> Tensor:
     """A layer's bytes on the device, padded to equal shards; only this rank's shard is read, the rest is undefined."""
     shard = -(-packed.layers[index].size // (size * ALIGNMENT)) * ALIGNMENT
@@ -280,7 +308,7 @@ def _strategy(config: TrainConfig, mesh: DeviceMesh | None) -> Strategy:
     return "FULL_SHARD" if wanted == "auto" else wanted
 
 
-def _measure_magnitudes(model: TrainableModel, states: list[LayerState]) -> None:
+def _measure_magnitudes(model: TrainableModel) -> None:
     for index, layer in enumerate(model.layers):
         if model.sharded:
             layer.unshard()

@@ -110,7 +110,13 @@ def linear(
     shape = (*x.shape[:-1], sum(spec.rows))
     if recompute_skips_output and spec.last:
         return flat.new_empty(shape), xa
-    y = flat @ weight_of(blob, key, x.dtype).t()
+    weight = weight_of(blob, key, x.dtype)
+    if x.is_cuda and all(spec.adapted):  # the thin products first: the wide one adds to them as it writes
+        y = flat.new_empty(flat.shape[0], weight.shape[0])
+        for _, rows, b_rows, k in spec.slices():
+            torch.mm(xa[:, k], b[b_rows].t(), out=y[:, rows])
+        return y.addmm_(flat, weight.t()).view(shape), xa
+    y = flat @ weight.t()
     for _, rows, b_rows, k in spec.slices():
         y[:, rows].addmm_(xa[:, k], b[b_rows].t())
     return y.view(shape), xa
@@ -144,24 +150,37 @@ def linear_backward(
     dxa = torch.empty_like(xa)
     db = torch.empty(b.shape, dtype=torch.float32, device=b.device)
     for _, rows, b_rows, k in spec.slices():
-        part = dy[:, rows]
-        dxa[:, k] = part @ b[b_rows]
-        db[b_rows] = (part.t() @ xa[:, k]).float()
+        torch.mm(dy[:, rows], b[b_rows], out=dxa[:, k])
+        db[b_rows] = _mm_float(dy[:, rows].t(), xa[:, k])
     dxa *= spec.scale
-    dx = dy @ weight_of(blob, key, dy.dtype) if need_x else dy.new_empty(0)
-    da = torch.empty(a.shape if need_a else (0,), dtype=torch.float32, device=a.device)
-    if spec.dropout and training:
+    dropped = bool(spec.dropout and training)
+    da = _grad_a(dxa, flat, a, seeds, spec, dropped) if need_a else a.new_empty(0, dtype=torch.float32)
+    if not need_x:
+        return dy.new_empty(0), da, db
+    if dropped:
+        dx = torch.zeros_like(flat)
         for number, (_, _, _, k) in enumerate(spec.slices()):
-            if need_a:
-                da[k] = (dxa[:, k].t() @ drop(flat, seeds, number, spec.dropout)).float()
-            if need_x:
-                dx += drop(dxa[:, k] @ a[k], seeds, number, spec.dropout)
-    elif spec.num_adapters:
-        if need_a:
-            da.copy_(dxa.t() @ flat)
-        if need_x:
-            dx.addmm_(dxa, a)
-    return dx.view(x.shape) if need_x else dx, da, db
+            dx += drop(dxa[:, k] @ a[k], seeds, number, spec.dropout)
+    else:
+        dx = dxa @ a
+    return dx.addmm_(dy, weight_of(blob, key, dy.dtype)).view(x.shape), da, db
+
+
+def _grad_a(dxa: Tensor, x: Tensor, a: Tensor, seeds: Tensor, spec: GroupSpec, dropped: bool) -> Tensor:
+    """dA, float32."""
+    if not dropped:
+        return _mm_float(dxa.t(), x)
+    da = torch.empty(a.shape, dtype=torch.float32, device=a.device)
+    for number, (_, _, _, k) in enumerate(spec.slices()):
+        da[k] = _mm_float(dxa[:, k].t(), drop(x, seeds, number, spec.dropout))
+    return da
+
+
+def _mm_float(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in float32, without rounding to the inputs' type where the device can."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()
 
 
 @linear_backward.register_fake
@@ -214,7 +233,7 @@ dropout.register_autograd(_backward_dropout, setup_context=_save_dropout)
 def drop(x: Tensor, seeds: Tensor, number: int, probability: float) -> Tensor:
     """Inverted dropout of x with the mask of (step seed, group, member)."""
     if x.is_cuda:
-        from qlora_trainer.kernels import dropout_cuda  # noqa: PLC0415
+        from qlora_trainer.kernels import dropout_cuda
 
         return dropout_cuda(x, seeds, number, probability)
     step_seed, group = seeds.tolist()

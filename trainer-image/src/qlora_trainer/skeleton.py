@@ -21,7 +21,7 @@ _building = threading.Lock()  # accelerate's context patches nn.Module for all t
 
 def read_hf_config(model_dir: Path, trust_remote_code: bool = False) -> Any:
     """The model's configuration (transformers' PreTrainedConfig). Raises BadModel."""
-    from transformers import AutoConfig  # noqa: PLC0415 - slow to import
+    from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -31,8 +31,8 @@ def read_hf_config(model_dir: Path, trust_remote_code: bool = False) -> Any:
 
 def build_skeleton(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The causal LM with its parameters on the meta device and its buffers real, on the CPU."""
-    from accelerate import init_empty_weights  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
 
     hf_config.use_cache = False
     capped = getattr(hf_config, _CAPPED, None) is not None  # Gemma 2: only the eager attention caps scores
