@@ -116,10 +116,13 @@ def _controllers(cluster: Cluster, timing: Timing) -> dict[str, list[str | Path]
 
 
 def _corefile(cluster: Cluster) -> Path:
-    """Answers for the cluster's names and says at once that any other name doesn't exist: there is no way out."""
+    """Answers for the cluster's names and says at once that any other name doesn't exist: there is no way out.
+
+    Two blocks, because within one `template` comes before `kubernetes`, whatever their order here.
+    """
     file = cluster.dir / "Corefile"
     file.write_text(
-        f""".:53 {{
+        f"""cluster.local:53 in-addr.arpa:53 ip6.arpa:53 {{
   bind {cluster.control_plane}
   errors
   kubernetes cluster.local in-addr.arpa ip6.arpa {{
@@ -127,6 +130,10 @@ def _corefile(cluster: Cluster) -> Path:
     pods insecure
     ttl 1
   }}
+}}
+.:53 {{
+  bind {cluster.control_plane}
+  errors
   template ANY ANY . {{
     rcode NXDOMAIN
   }}
