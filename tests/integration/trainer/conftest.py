@@ -81,11 +81,11 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make_config(model: Path, data: Path, output: str, **spec: dict[str, Any]) -> TrainConfig:
+def make_config(base: Path, train_file: Path, output: str, **spec: dict[str, Any]) -> TrainConfig:
     """A small float32 run; `spec` holds camelCase sections to merge in. `output` may be a file:// URI."""
     sections: dict[str, dict[str, Any]] = {
-        "model": {"uri": f"file://{model}"},
-        "dataset": {"uri": f"file://{data}", "evalFraction": 0.1},
+        "model": {"uri": f"file://{base}"},
+        "dataset": {"uri": f"file://{train_file}", "evalFraction": 0.1},
         "quantization": {"computeDtype": "float32", "storageDtype": "float32"},
         "lora": {"r": 4, "alpha": 8},
         "training": {
