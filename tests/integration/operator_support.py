@@ -3,18 +3,21 @@ real HTTPS protocol with real bound tokens and pretend to train, and the operato
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import ssl
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+from hack.demo.kubectl import ROOT, Kubectl, program
 from kubernetes.aio import client, config
 
 from qlora_api.run import SYNC_PATH, TOKEN_AUDIENCE, AgentState, Command, Membership, Report, Termination
@@ -206,6 +209,7 @@ class World:
     capacity: int = 100  # pods that get a node
     prepare_agent: Callable[[FakeAgent], None] = lambda agent: None
     warm_seconds: float = 0.2
+    starts_containers: bool = True
     _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _bound: set[str] = field(default_factory=set)
 
@@ -242,7 +246,7 @@ class World:
         elif not node and len(self._bound) < self.capacity:
             await self._bind(name)
             self._bound.add(name)
-        elif node and uid not in self._tasks:
+        elif node and uid not in self._tasks and self.starts_containers:
             await self._start(pod)
 
     async def _bind(self, name: str) -> None:
@@ -332,6 +336,41 @@ class Runs:
             return await eventually(check, "the wanted status", seconds)
         except AssertionError as error:
             raise AssertionError(f"{error}; status: {(await self.status(name)).to_wire()}") from None
+
+    async def exists(self, name: str) -> bool:
+        try:
+            await self.kube.request("GET", f"{RUNS.format(self.namespace)}/{name}")
+        except ApiError as error:
+            if error.status == 404:
+                return False
+            raise
+        return True
+
+    def condition(self, status: QLoRAFinetuneStatus, kind: str) -> tuple[str, str]:
+        """(reason, message) of a condition."""
+        found = next((c for c in status.conditions if c.type == kind), None)
+        return (found.reason, found.message) if found else ("", "")
+
+
+def least_rights(kubectl: Kubectl, folder: Path, namespaces: tuple[str, ...] = ()) -> Path:
+    """kubeconfig of a service account with exactly the rights that the chart gives the operator."""
+    release = f"op-{uuid.uuid4().hex[:6]}"
+    where = f"{release}-system"
+    command = [program("helm"), "template", release, str(ROOT / "charts" / "qlora-operator"), "--namespace", where]
+    command += [f"--set=watchNamespaces={{{','.join(namespaces)}}}"] if namespaces else []
+    chosen = ["--show-only=templates/rbac.yaml", "--show-only=templates/serviceaccount.yaml"]
+    text = subprocess.run([*command, *chosen], check=True, capture_output=True, text=True).stdout
+    kubectl.must("create", "namespace", where)
+    apply = [program("kubectl"), "apply", "-f", "-"]  # each object says its own namespace
+    subprocess.run(apply, env=kubectl.environment, input=text, check=True, capture_output=True, text=True)
+    accounts = json.loads(kubectl.must("--namespace", where, "get", "serviceaccounts", "-o", "json"))["items"]
+    account = next(item["metadata"]["name"] for item in accounts if item["metadata"]["name"] != "default")
+    token = kubectl.must("--namespace", where, "create", "token", account, "--duration=1h").strip()
+    view = json.loads(kubectl.must("config", "view", "--raw", "--minify", "-o", "json"))
+    view["users"] = [{"name": view["contexts"][0]["context"]["user"], "user": {"token": token}}]
+    path = folder / "operator.kubeconfig"
+    path.write_text(json.dumps(view))
+    return path
 
 
 @dataclass

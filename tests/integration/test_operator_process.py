@@ -7,7 +7,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from hack.demo.kubectl import Kubectl
-from tests.integration.operator_support import OperatorProcess, Runs, World, connect, eventually
+from tests.integration.operator_support import OperatorProcess, Runs, World, connect, eventually, least_rights
 
 from qlora_api.status import State
 
@@ -20,7 +20,8 @@ async def stage(kubectl: Kubectl, tmp_path: Path) -> AsyncIterator[tuple[Runs, W
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": labels}}
     await kube.request("POST", "/api/v1/namespaces", body=body)
-    operator = OperatorProcess(kubectl.kubeconfig, tmp_path, {"NAMESPACES": namespace})
+    rights = least_rights(kubectl, tmp_path, (namespace,))
+    operator = OperatorProcess(rights, tmp_path, {"NAMESPACES": namespace})
     operator.start()
     world = World(kube, namespace, operator.url, operator.certificate)
     try:
