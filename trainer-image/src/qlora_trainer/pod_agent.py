@@ -203,6 +203,8 @@ def main() -> None:
     code: int = ExitCode.INTERNAL
     try:
         workers.die_with_parent()
+        workers.share_fork_server()
+        workers.show_stacks_on_usr1()
         level = os.environ.get("QLORA_LOG_LEVEL", "INFO")
         logging.basicConfig(level=level, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ends are explained in elastic.py

@@ -4,6 +4,7 @@ Rules: imports only; nothing here may start a thread or touch a GPU (a CUDA cont
 `torch._dynamo` belongs here because torch imports it, for seconds, at the first exception that it logs.
 """
 
+import gc
 import importlib
 import os
 
@@ -15,3 +16,5 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # is_available() wi
 for _name in ("torch", "torch.distributed", "torch._dynamo", "qlora_trainer.pod_agent"):
     importlib.import_module(_name)
 importlib.import_module(os.environ.get(ENV_WORKER, DEFAULT_WORKER).partition(":")[0])
+gc.collect()
+gc.freeze()  # a collection in a forked process would touch, and so copy, every page of what is shared

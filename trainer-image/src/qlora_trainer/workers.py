@@ -10,19 +10,22 @@ import importlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import NoReturn
 
 from qlora_trainer.control import ENV_GENERATION, ENV_RUN_DIR, read_control
 
 PRELOAD = "qlora_trainer.preload"
-ENV_WORKER = "QLORA_WORKER"  # module:function that trains; for tests of the agent alone
-ENV_WARM_UP = "QLORA_WARM_UP"  # module:function run once before the pod is let in
-DEFAULT_WORKER = "qlora_trainer.train:main"
+ENV_WORKER = "QLORA_WORKER"  # module:function that trains and returns an exit code, where it is not train.run
+ENV_WARM_UP = "QLORA_WARM_UP"  # module:function run once before the pod is let in, where it is not train.warm
+DEFAULT_WORKER = "qlora_trainer.train:run"
 DEFAULT_WARM_UP = "qlora_trainer.train:warm"
 _PR_SET_PDEATHSIG = 1
 _TAIL_BYTES = 6000
@@ -34,6 +37,16 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # it ended before the call
+
+
+def share_fork_server() -> None:
+    """Fork from the server that this process was forked from.
+
+    multiprocessing documents that for a server's children, and hands them its address, but starts another server all
+    the same (CPython 3.11 to 3.14: `ensure_running` asks for a process id that only the first process knows).
+    """
+    assert multiprocessing.parent_process() is not None, "only for processes that come from a fork server"
+    vars(forkserver)["_forkserver"].ensure_running = lambda: None
 
 
 def die_with_agent() -> None:
@@ -49,26 +62,40 @@ def die_with_agent() -> None:
     threading.Thread(target=watch, name="agent-watch", daemon=True).start()
 
 
+def show_stacks_on_usr1() -> None:
+    """Stacks of all threads on SIGUSR1 and on a crash: `kill -USR1` tells where a hanging process stands."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+
 def work() -> None:
     """Entry point under torch elastic, in a process forked from the warm server."""
     die_with_agent()
     run_dir = Path(os.environ[ENV_RUN_DIR])
     _redirect_output(run_dir / f"log-{os.environ['LOCAL_RANK']}")
-    faulthandler.enable()
+    show_stacks_on_usr1()
     os.environ[ENV_GENERATION] = str(read_control(run_dir).generation)
-    _load(os.environ.get(ENV_WORKER, DEFAULT_WORKER))()
+    code = _load(os.environ.get(ENV_WORKER, DEFAULT_WORKER))()
+    if code:
+        _end(code)  # at once: a thread of a broken collective must not keep the process
 
 
 def warm_up() -> None:
     """Entry point of the warm child: everything a worker needs that may take long, before the pod is let in."""
     die_with_agent()
     _redirect_output(Path(os.environ[ENV_RUN_DIR]) / "log-0")
-    _load(os.environ.get(ENV_WARM_UP, DEFAULT_WARM_UP))()
+    _end(_load(os.environ.get(ENV_WARM_UP, DEFAULT_WARM_UP))() or 0)
 
 
-def _load(name: str) -> Callable[[], None]:
+def _end(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _load(name: str) -> Callable[[], int | None]:
     module, _, function = name.partition(":")
-    entry: Callable[[], None] = getattr(importlib.import_module(module), function)
+    entry: Callable[[], int | None] = getattr(importlib.import_module(module), function)
     return entry
 
 
