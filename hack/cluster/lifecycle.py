@@ -65,7 +65,7 @@ def down(cluster: Cluster, keep: bool = False) -> None:
         if outer is not None:
             namespaces.kill(outer)
         cgroups.remove(cluster)
-        left = leftovers.wait_until_gone(cluster, timeout=10)
+        left = leftovers.wait_until_gone(cluster, timeout=60)  # the kernel takes its time with a network namespace
         if left:
             raise RuntimeError("left behind: " + "; ".join(left))
         if not keep:
