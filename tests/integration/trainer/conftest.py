@@ -45,20 +45,18 @@ def make_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> N
     fast.save_pretrained(folder)
 
 
-def make_llama(folder: Path, seed: int = 0, **changes: Any) -> None:
-    """Random weights in the shape of a Llama, safetensors, with a tokenizer."""
+def make_base(folder: Path, family: str = "llama", seed: int = 0, **changes: Any) -> None:
+    """Random weights in the shape of a small causal LM of this family, safetensors, with a tokenizer."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(
-        **{**shape, "num_key_value_heads": 2, "vocab_size": 384, "max_position_embeddings": 512, **changes},
-        eos_token_id=0,
-        bos_token_id=None,
-        pad_token_id=1,
+    tokens = {"vocab_size": 384, "eos_token_id": 0, "bos_token_id": None, "pad_token_id": 1}
+    config = AutoConfig.for_model(
+        family, **{**shape, **tokens, "num_key_value_heads": 2, "max_position_embeddings": 512, **changes}
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     make_tokenizer(folder)
 
 
@@ -70,14 +68,29 @@ def sentence(number: int) -> str:
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    make_llama(folder)
+    make_base(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., None]:
+    """`make_base`, for tests that want another model."""
+    return make_base
 
 
 @pytest.fixture(scope="session")
 def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
     path.write_text("".join(json.dumps({"text": sentence(i)}) + "\n" for i in range(48)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts and completions."""
+    path = tmp_path_factory.mktemp("pairs") / "train.jsonl"
+    rows = [{"prompt": sentence(i), "completion": f" {sentence(i + 1)}"} for i in range(48)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
