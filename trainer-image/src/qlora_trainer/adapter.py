@@ -160,9 +160,11 @@ def publish(
     metrics: dict[str, Any],
     provenance: dict[str, Any],
     fence: Callable[[], None],
-    merged_uri: str | None = None,
 ) -> Artifacts:
-    """Upload `folder`, then the manifest, each after `fence` let it pass. What an earlier one published stands."""
+    """Upload `folder`, then the manifest, each after `fence` let it pass. What an earlier one published stands.
+
+    A merged model that lies in the store already is named by the manifest, too.
+    """
     records = []
     for path in sorted(folder.iterdir()):
         fence()
@@ -174,7 +176,7 @@ def publish(
         manifest_uri=layout.manifest,
         adapter_bytes=sum(record.size for record in records),
         adapter_sha256=weights.sha256,
-        merged_uri=merged_uri,
+        merged_uri=layout.merged if provenance["spec"]["output"].get("merge") else None,
         eval_loss_before=metrics["eval_loss_before"],
         eval_loss_after=metrics["eval_loss_after"],
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,7 @@ class Session:
     optimizer: Optimizer
     store: ObjectStore
     layout: RunLayout
+    model_dir: Path
     snapshots: SnapshotSlots | None  # local rank 0 only
     checkpoints: CheckpointWriter
 
@@ -165,7 +167,20 @@ def set_up(config: TrainConfig, env: WorkerEnv, mesh: DeviceMesh | None) -> Sess
     cpu_mesh = init_device_mesh("cpu", (env.world_size,)) if mesh is not None else None
     snapshots = SnapshotSlots(env.run_dir) if env.local_rank == 0 else None
     checkpoints = CheckpointWriter(store, config.spec.checkpoint.keep, cpu_mesh, group)
-    return Session(config, env, device, mesh, prepared.data, model, optimizer, store, layout, snapshots, checkpoints)
+    return Session(
+        config,
+        env,
+        device,
+        mesh,
+        prepared.data,
+        model,
+        optimizer,
+        store,
+        layout,
+        prepared.model.path,
+        snapshots,
+        checkpoints,
+    )
 
 
 def all_gather(value: Any, env: WorkerEnv) -> list[Any]:

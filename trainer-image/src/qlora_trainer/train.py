@@ -20,6 +20,7 @@ from qlora_trainer import adapter, faults
 from qlora_trainer.control import WorkerEnv, read_control, read_worker_state, write_termination
 from qlora_trainer.data import MicroBatch, Sequences, collate, cut, num_targets, num_tokens, share
 from qlora_trainer.errors import BadConfig, Fenced, Stopped, StorageError, TrainerError, classify
+from qlora_trainer.merge import merge_to_store
 from qlora_trainer.progress import Reporter
 from qlora_trainer.restore import Position, restore
 from qlora_trainer.samples import SampleSet
@@ -259,6 +260,8 @@ def _write_and_upload(session: Session, position: Position, reporter: Reporter) 
         adapter.write_adapter(config, tensors, model.hf_config, folder)
         adapter.write_report(config, position.history, metrics, provenance, folder)
         faults.reach("upload", position.step)
+        if config.spec.output.merge:
+            merge_to_store(model.packed, folder, session.model_dir, session.store, "merged")
         return adapter.publish(
             session.store, session.layout, folder, session.env.generation, metrics, provenance, fence
         )

@@ -1,0 +1,86 @@
+"""The streamed merge equals PEFT's merge on the dequantized base."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_trainer import merge
+from qlora_trainer.quant import dequantize
+from qlora_trainer.session import prepare
+
+CPU = torch.device("cpu")
+
+
+def dequantized_base(packed: Any, base: Path) -> Any:
+    """transformers' model in float32 with the weights that the trainer computes with."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tables = packed.read_tables(CPU)
+    for index, layer in enumerate(packed.layers):
+        blob = packed.read_layer(index)
+        for name, stored in layer.linears.items():
+            out = torch.empty(stored.rows, stored.columns, dtype=packed.scheme.dtype)
+            weight = model.get_submodule(f"{packed.prefix}.{index}.{name}").weight
+            weight.data = dequantize(blob, stored, packed.scheme, tables, out).float()
+    return model
+
+
+@pytest.mark.parametrize(
+    "lora", [{"useRslora": True}, {"useDora": True}, {"targetModules": ["q_proj", "down_proj"]}], ids=str
+)
+def test_equals_pefts_merge(make_world: Callable[..., Any], lora: dict[str, Any]) -> None:
+    from peft import PeftModel
+
+    world = make_world(
+        "merge",
+        lora=lora,
+        training={"maxSteps": 2},
+        quantization={"computeDtype": "bfloat16", "storageDtype": "bfloat16"},
+    )
+    spec = world.config.spec
+    spec = spec.model_copy(update={"output": spec.output.model_copy(update={"merge": True})})
+    world.config = world.config.model_copy(update={"spec": spec})
+    assert world.run([0]) == [0]
+    root = world.root / "bucket" / "run-01234567"
+    assert json.loads((root / "manifest.json").read_text())["artifacts"]["mergedUri"] == f"file://{root}/merged"
+    index = json.loads((root / "merged" / merge.INDEX).read_text())
+    assert len(set(index["weight_map"].values())) == 3, "what is not quantized, and two layers"
+
+    prepared = prepare(world.config, world.env(0))
+    base = dequantized_base(prepared.packed, prepared.model.path)
+    theirs = PeftModel.from_pretrained(base, str(root / "adapter")).merge_and_unload().state_dict()
+    for name, file in index["weight_map"].items():
+        ours = load_file(root / "merged" / file)[name]
+        assert ours.dtype == torch.bfloat16
+        assert torch.equal(ours, theirs[name].to(torch.bfloat16)), name
+
+
+def test_the_merged_model_loads_and_the_command_writes_the_same(make_world: Callable[..., Any], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    world = make_world("merge", training={"maxSteps": 2})
+    assert world.run([0]) == [0]
+    adapter, out = world.root / "bucket" / "run-01234567" / "adapter", tmp_path / "out"
+    config = world.config.to_wire()
+    config["spec"]["output"]["uri"] = "s3://unused/here"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "qlora_trainer.merge", "--config", tmp_path / "config.json"]
+    env = {"QLORA_CACHE_DIR": str(world.root / "cache"), "QLORA_RUN_DIR": str(tmp_path / "run"), "QLORA_DEVICE": "cpu"}
+    subprocess.run([*command, "--adapter", adapter, "--out", out], check=True, env={**env, "PATH": "/usr/bin"})
+    prepared = prepare(world.config, world.env(0))
+    merge_here = tmp_path / "here"
+    merge_here.mkdir()
+    merge.merge(prepared.packed, adapter, prepared.model.path, merge_here, CPU, lambda path: None)
+    names = {path.name for path in out.iterdir()}
+    assert names == {path.name for path in merge_here.iterdir()} and "tokenizer.json" in names
+    assert all((out / name).read_bytes() == (merge_here / name).read_bytes() for name in names)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16 and AutoTokenizer.from_pretrained(out)("the fox")["input_ids"]
