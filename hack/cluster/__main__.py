@@ -14,8 +14,12 @@ from .images import commands
 from .settings import DEFAULT_NAME, Cluster, load
 
 
+_PASS_ON = ("kubectl", "helm", "deploy")
+
+
 def main() -> int:
-    arguments = _parser().parse_args()
+    own, words = _split(sys.argv[1:])
+    arguments = _parser().parse_args(own, argparse.Namespace(words=words))
     try:
         return arguments.run(arguments) or 0
     except (ValueError, RuntimeError, TimeoutError) as error:
@@ -23,6 +27,12 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         print(f"error: {error}", file=sys.stderr)
     return 1
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Our own words, and those for the program that is run (argparse would take its options for ours)."""
+    at = next((index for index, word in enumerate(words) if word in _PASS_ON), len(words))
+    return words[: at + 1], words[at + 1 :]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,8 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     command("status", _status, "what runs and how to reach it, as JSON")
     command("leftovers", _leftovers, "list what a cluster that is down left behind; fails when there is any")
     for tool in ("kubectl", "helm"):
-        command(tool, _tool, f"run {tool} against the cluster").add_argument("words", nargs=argparse.REMAINDER)
-        commands.choices[tool].set_defaults(tool=tool)
+        command(tool, _tool, f"run {tool} against the cluster; all further words are its own").set_defaults(tool=tool)
     command("path", _path, "print where a program is, built if need be").add_argument("program")
     machine = command("node", _node, "kill, start, cut or heal a node, or kill its kubelet alone")
     machine.add_argument("action", choices=("kill", "start", "cut", "heal", "kill-kubelet"))
@@ -56,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument("--fresh", action="store_true", help="start: as a new machine with an empty disk")
     images = command("images", _images, "build both images and load them; prints their references as JSON")
     images.add_argument("--only", choices=("operator", "trainer"), help="just this one")
-    command("deploy", _deploy, "images, then the operator by its chart").add_argument("words", nargs=argparse.REMAINDER)
+    command("deploy", _deploy, "images, then the operator by its chart; further words go to helm")
     command("undeploy", _undeploy, "remove the operator; its CRD and the runs stay")
     command("shell", _shell, "a shell (or a command) in a node or, without --node, the control plane").add_argument(
         "words", nargs=argparse.REMAINDER

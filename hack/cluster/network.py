@@ -38,6 +38,8 @@ def connect_control_plane(cluster: Cluster, pid: int) -> None:
 
 def connect_node(cluster: Cluster, node: int, outer: int, pid: int) -> None:
     """The node's link to the bridge, and the routes to and from its pods."""
+    # the kernel takes a while to clear a killed node's namespace, and with it the other end
+    run(outer, "ip", "link", "delete", f"node{node}", check=False)
     run(outer, "ip", "link", "add", f"node{node}", "type", "veth", "peer", "name", "eth0", "netns", _inside(pid))
     run(outer, "ip", "link", "set", f"node{node}", "master", BRIDGE, "up")
     run(pid, "ip", "address", "add", f"{cluster.node_address(node)}/24", "dev", "eth0")

@@ -49,9 +49,13 @@ def ensure(cluster: Cluster, node: int, outer: int, options: NodeOptions) -> Non
         cgroups.make(cluster, name)
         seed.clone_into(folder / "var/lib/containerd")
         pid = namespaces.create(folder, name, [*_PRIVATE, _CNI], parent=outer)
-        network.connect_node(cluster, node, outer, pid)
-        _configure(cluster, node, options)
-        _start_daemons(cluster, node, pid, options)
+        try:
+            network.connect_node(cluster, node, outer, pid)
+            _configure(cluster, node, options)
+            _start_daemons(cluster, node, pid, options)
+        except BaseException:
+            namespaces.kill(pid)  # half a node would pass for a running one
+            raise
 
 
 def wait_ready(cluster: Cluster, nodes: list[int]) -> None:

@@ -37,24 +37,23 @@ def endpoint(cluster: Cluster) -> str:
 def ensure(cluster: Cluster, outer: int) -> None:
     """Starts the server unless it runs, and writes s3.env: what an S3 client needs, in the usual variables."""
     folder = cluster.dir / "s3"
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    if any(str(folder) in line for line in namespaces.members(outer).values()):
+    for part in ("data", "tmp"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    server = [str(binary()), "server"]
+    if any(" ".join(server) in line for line in namespaces.members(outer).values()):
         return
-    config = folder / "identities.json"
-    if not config.exists():
-        _credentials(cluster, config)
+    if not (folder / "identities.json").exists():
+        _credentials(cluster, folder / "identities.json")
     address = cluster.control_plane
     command: list[str | Path] = [
-        *(binary(), "server", f"-dir={folder / 'data'}", f"-ip={address}", f"-ip.bind={address}"),
-        *("-filer", "-s3", f"-s3.port={PORT}", f"-s3.config={config}", "-master.volumeSizeLimitMB=1024"),
+        # a /tmp of its own: its parts find each other by sockets there, and would find another server's
+        *("unshare", "--mount", "sh", "-c", 'cd "$0" && mount --bind tmp /tmp && exec "$@"', folder),
+        *(*server, "-dir=data", f"-ip={address}", f"-ip.bind={address}"),
+        *("-filer", "-s3", f"-s3.port={PORT}", "-s3.config=identities.json", "-master.volumeSizeLimitMB=1024"),
         *("-volume.max=0", "-master.telemetry=false"),
-        # the parts find each other by sockets in /tmp that are named after the gRPC ports: of each cluster its own
-        *(f"-{part}.port={port + cluster.index}" for part, port in _PARTS.items()),
-        f"-s3.port.grpc={18333 + cluster.index}",
-        # these defaults lie in /tmp, too
-        *(f"-filer.localSocket={folder / 'filer.sock'}", f"-s3.localSocket={folder / 's3.sock'}"),
     ]
-    namespaces.start(outer, command, cluster.dir / "log" / "s3.log", {"PATH": build.path_variable(), "HOME": str(folder)})
+    environment = {"PATH": build.path_variable(), "HOME": str(folder)}
+    namespaces.start(outer, command, cluster.dir / "log" / "s3.log", environment)
     with step("S3 ready"):
         wait_for("S3", lambda: _answers(cluster), 60)
 
