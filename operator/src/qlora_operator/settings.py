@@ -29,7 +29,7 @@ class Settings:
     snapshot_size: str = ""  # sizeLimit of the memory volume; empty: bounded by the pod's memory limit
     priority_class: str = ""
     grace_period_seconds: int = 60  # between SIGTERM and SIGKILL of a pod
-    toleration_seconds: int = 5  # of a node that is not ready or unreachable
+    toleration_seconds: int = 60  # of a node that is not ready: a silent pod is replaced long before, a survivor kept
 
     lease_seconds: float = 3.0  # an agent that has not reported for this long is left out
     drop_seconds: float = 1.0  # the same once its connection broke
