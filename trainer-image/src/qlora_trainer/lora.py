@@ -43,7 +43,8 @@ class Group(nn.Module):
         bare = replace(plan.spec, adapted=(False,) * len(plan.spec.members), dropout=0.0)
         self.key = register(bare if dora else plan.spec, tables)
         device = tables.code4.device
-        self.nothing = (torch.zeros(0, plan.spec.columns, device=device), torch.zeros(0, plan.spec.rank, device=device))
+        empty = torch.zeros(0, plan.spec.columns, device=device), torch.zeros(0, plan.spec.rank, device=device)
+        self.nothing = (*(factor.to(dtype) for factor in empty), *empty)
         self.widths = list(plan.spec.rows)
         self.pending: tuple[Tensor, list[Tensor | None]] | None = None
         self.a: Tensor
@@ -53,7 +54,7 @@ class Group(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """Base and adapter of all members, (..., sum of rows)."""
         assert self.state.blob is not None, "the layer is not gathered"
-        factors = (*self.nothing, *self.nothing) if self.dora else (self.a, self.b, self.a_master, self.b_master)
+        factors = self.nothing if self.dora else (self.a, self.b, self.a_master, self.b_master)
         return linear(x.to(self.dtype), self.state.blob, *factors, self.seeds, self.key, self.training)[0]
 
     def member(self, index: int, x: Tensor) -> Tensor:
