@@ -1,0 +1,62 @@
+"""The real cluster with the operator in it, the bucket filled and the Secret there: once for the session.
+
+Rules: a test applies resources and looks at what the API server and the bucket say, as a user would; it deletes what it
+applied; what runs for long is shared.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hack.demo import upload, watch
+from hack.demo.kubectl import Kubectl, Manifest, cluster
+from tests.e2e.support import EXAMPLES, Applied, fresh_namespace
+
+NAMESPACE = "qlora-e2e"
+BLOCKED_SECONDS = 20  # until a run that cannot start fails; the default is 300
+
+
+@pytest.fixture(scope="session")
+def store() -> upload.Store:
+    """The object store, with model and data in the examples' bucket."""
+    cluster("up")
+    found = upload.Store.find()
+    upload.upload(found.client())
+    return found
+
+
+@pytest.fixture(scope="session")
+def kubectl(store: upload.Store) -> Kubectl:
+    """kubectl in a fresh namespace of the cluster, with the operator running and the Secret there."""
+    cluster(
+        *("deploy", "--set", "timing.statusIntervalSeconds=0.5"),
+        *("--set", f"timing.blockedSeconds={BLOCKED_SECONDS}", "--set", "log.format=text"),
+    )
+    local = os.environ.get("CLUSTER", "local") == "local"
+    kubeconfig = Path(json.loads(cluster("status"))["kubeconfig"]) if local else None
+    return fresh_namespace(Kubectl(kubeconfig, NAMESPACE), store)
+
+
+@pytest.fixture
+def apply(kubectl: Kubectl) -> Iterator[Any]:
+    """A function: apply an example (a file's name) or a manifest, and follow it; deleted after the test."""
+    applied: list[Applied] = []
+
+    def apply_it(what: str | Manifest) -> Applied:
+        manifest: Manifest = yaml.safe_load((EXAMPLES / what).read_text()) if isinstance(what, str) else what
+        answer = kubectl.apply(manifest)
+        assert answer.returncode == 0, answer.stderr
+        name = manifest["metadata"]["name"]
+        followed = watch.RunWatch(kubectl, name)
+        followed.__enter__()
+        applied.append(Applied(kubectl, name, followed))
+        return applied[-1]
+
+    yield apply_it
+    for run in applied:
+        run.followed.__exit__()
+        kubectl.delete("qft", run.name)
