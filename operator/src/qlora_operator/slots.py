@@ -105,7 +105,7 @@ def _why_replace(o: Observed, slot: Slot, pod: Pod | None, settings: Settings) -
     if quiet > settings.silent_seconds and not pod.ended:
         message = f"{pod.name} on node {pod.node} has not reported for {settings.silent_seconds:.0f} s"
         return Ending(pod.name, pod.node, Reason.SILENT, message=message, step=step)
-    return _failed_start(o, pod) or _late(o, pod, settings)
+    return _failed_start(o, pod, settings) or _late(o, pod, settings)
 
 
 def _loss(pod: Pod) -> Reason:
@@ -114,15 +114,15 @@ def _loss(pod: Pod) -> Reason:
     return Reason.EVICTED if pod.reason in EVICTIONS else Reason.POD_LOST
 
 
-def _failed_start(o: Observed, pod: Pod) -> Ending | None:
+def _failed_start(o: Observed, pod: Pod, settings: Settings) -> Ending | None:
     """A newcomer failed while warming up, or a member's base is corrupt: another pod, elsewhere if possible."""
     agent = agents.agent_of(o, pod)
     if agent is None or agent.failure is None:
         return None
     member = agents.is_member(o, pod.uid)
     failed_newcomer = agent.report.state == AgentState.FAILED and not member
-    if failed_newcomer and agent.failure.exit_code == ExitCode.STORAGE:
-        return None  # it tries again by itself; `agents.start_trouble` tells
+    if failed_newcomer and agent.failure.exit_code == ExitCode.STORAGE and pod.age < settings.blocked_seconds:
+        return None  # it tries again by itself; `agents.troubles` tells
     corrupt = agent.failure.exit_code == ExitCode.CORRUPT_BASE and agent.failure_generation == o.status.generation
     if failed_newcomer or (member and corrupt):
         return failure.of_termination(pod.name, pod.node, agent.failure)

@@ -31,7 +31,9 @@ from qlora_operator.table import RunTable
 CALLABLE = (AgentState.RUNNING, AgentState.FAILED)
 TICK = 0.5
 START = datetime(2026, 1, 1, tzinfo=UTC)
-SETTINGS = Settings("trainer:test", "https://coordinator", start_wait_seconds=3.0, prepare_timeout_seconds=20.0)
+SETTINGS = Settings(
+    "trainer:test", "https://coordinator", start_wait_seconds=3.0, prepare_timeout_seconds=20.0, blocked_seconds=60.0
+)
 WORKER_ENDS = (
     ExitCode.INTERNAL,
     ExitCode.OUT_OF_MEMORY,
