@@ -31,7 +31,7 @@ def run(name: str, **changes: dict[str, Any]) -> Manifest:
         "dataset": {"uri": f"s3://{BUCKET}/data/small.jsonl", **secret},
         "output": {"uri": f"s3://{BUCKET}/runs", **secret},
         "training": {"maxSteps": 1, "globalBatchSize": 1, "maxLength": 32},
-        "resourcesPerNode": {"limits": {"memory": "3Gi"}, "requests": {"memory": "512Mi"}},
+        "resourcesPerNode": {"limits": {"memory": "3Gi"}, "requests": {"cpu": "200m", "memory": "512Mi"}},
         "podTemplate": {
             "spec": {"containers": [{"name": "trainer", "env": [{"name": "OMP_NUM_THREADS", "value": "1"}]}]}
         },
