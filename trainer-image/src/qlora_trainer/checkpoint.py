@@ -1,7 +1,7 @@
 """The durable tier: the trainable state in the object store, written in slices, complete once its manifest stands.
 
 torch.distributed.checkpoint plans and reshards; safetensors files hold the bytes and a JSON manifest with sizes and
-sha256 makes them real (docs/decisions/0004-checkpoint-format.md: why not DCP's own pickled metadata). Every rank
+sha256 makes them real (docs/decisions/0003-checkpoint-format.md: why not DCP's own pickled metadata). Every rank
 writes and uploads its slice of each flat tensor in a thread of its own; a checkpoint can be loaded at any world size.
 The key carries the generation and the manifest is written with If-None-Match: what is complete is never overwritten.
 """
@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -123,7 +124,7 @@ class CheckpointWriter:
         )
         staging = Path(tempfile.mkdtemp(prefix="checkpoint-"))
         sliced = {name: _slice(tensor, self._mesh) for name, tensor in state.items()}
-        future = dcp.async_save(
+        future = async_save(
             sliced,
             storage_writer=_StoreWriter(staging, self._store, manifest, self._keep),
             process_group=self._group,
@@ -202,7 +203,7 @@ def load(store: ObjectStore, manifest: Manifest) -> dict[str, Tensor]:
         folder = Path(name)
         for record in manifest.files:
             _download(store, manifest, record, folder / record.name)
-        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        load_state_dict(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     return state
 
 

@@ -93,7 +93,7 @@ def build_sequences(samples: SampleSet, chosen: IntArray, packing: bool, max_len
         bounds = np.cumsum([0] + [len(one) for one in bins], dtype=np.int64)
     else:
         order, bounds = chosen, np.arange(len(chosen) + 1, dtype=np.int64)
-    running = np.concatenate([[0], np.cumsum(samples.num_targets()[order])])
+    running = np.concatenate([[0], np.cumsum(samples.targets[order])])
     return Sequences(order, bounds, running[bounds[1:]] - running[bounds[:-1]])
 
 

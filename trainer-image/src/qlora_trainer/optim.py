@@ -68,10 +68,15 @@ class Optimizer:
         """What this rank wants all ranks to know at the end of the step."""
         self._tail[1 : 1 + self.NUM_FLAGS] = torch.tensor(flags, dtype=torch.float32)
 
-    def all_reduce(self) -> tuple[float, list[bool]]:
-        """Sum gradients, loss and flags over all ranks in one collective; loss and flags raised by anyone."""
+    def all_reduce(self, divisor: int = 1) -> tuple[float, list[bool]]:
+        """Sum gradients, loss and flags over all ranks in one collective; loss and flags raised by anyone.
+
+        Gradients and loss are divided by `divisor` afterwards.
+        """
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(self._reduced)
+        if divisor != 1:
+            self._reduced.div_(divisor)
         loss, *flags = self._tail[: 1 + self.NUM_FLAGS].tolist()
         return loss, [flag > 0 for flag in flags]
 

@@ -1,8 +1,8 @@
 """Tokenized samples on disk: built once per node, memory-mapped by every worker.
 
 A folder holds `ids` (int32) and `mask` (uint8, 1 = trained on) of all samples one after the other, `offsets` (int64,
-one more than samples) and meta.json, written last. Samples longer than maxLength are cut; samples without a token to
-train on are left out and counted.
+one more than samples), `targets` (int64, tokens of each sample in the loss) and meta.json, written last. Samples longer
+than maxLength are cut; samples without a token to train on are left out and counted.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from qlora_trainer.rows import Row, read_rows
 from qlora_trainer.sources import Source
 from qlora_trainer.tokens import Encoder, build_encoder
 
-FORMAT = 1  # raise it when the tokens of the same rows change
+FORMAT = 2  # raise it when the tokens of the same rows change
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,16 @@ class SampleSet:
     ids: "np.ndarray[Any, np.dtype[np.int32]]"
     mask: "np.ndarray[Any, np.dtype[np.uint8]]"
     offsets: "np.ndarray[Any, np.dtype[np.int64]]"
+    targets: "np.ndarray[Any, np.dtype[np.int64]]"  # masked in and not the first: nothing predicts that one
     meta: SampleMeta
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @property
+    @cached_property
     def lengths(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
         """Tokens of each sample."""
-        return np.diff(self.offsets)
-
-    def num_targets(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
-        """Tokens of each sample that the loss counts: masked in and not the first (nothing predicts that one)."""
-        running = np.concatenate([[0], np.cumsum(self.mask, dtype=np.int64)])
-        return running[self.offsets[1:]] - running[self.offsets[:-1] + 1]
+        return self.offsets[1:] - self.offsets[:-1]
 
     @classmethod
     def of_lists(cls, samples: list[tuple[list[int], list[int]]]) -> "SampleSet":
@@ -65,7 +62,8 @@ class SampleSet:
         flat = [np.array([value for sample in samples for value in sample[part]]) for part in (0, 1)]
         offsets = np.cumsum([0] + [len(ids) for ids, _ in samples], dtype=np.int64)
         meta = SampleMeta(len(samples), len(samples), int(offsets[-1]), 0, 0)
-        return cls(flat[0].astype(np.int32), flat[1].astype(np.uint8), offsets, meta)
+        targets = np.array([sum(mask[1:]) for _, mask in samples], dtype=np.int64)
+        return cls(flat[0].astype(np.int32), flat[1].astype(np.uint8), offsets, targets, meta)
 
 
 def ensure_samples(
@@ -87,7 +85,8 @@ def _open(folder: Path) -> SampleSet:
     meta = SampleMeta(**json.loads((folder / "meta.json").read_text()))
     ids = np.memmap(folder / "ids", dtype=np.int32, mode="r")
     mask = np.memmap(folder / "mask", dtype=np.uint8, mode="r")
-    return SampleSet(ids, mask, np.fromfile(folder / "offsets", dtype=np.int64), meta)
+    offsets, targets = (np.fromfile(folder / name, dtype=np.int64) for name in ("offsets", "targets"))
+    return SampleSet(ids, mask, offsets, targets, meta)
 
 
 def _write(folder: Path, rows: Iterable[Row], encoder_for: Any, max_length: int, what: str) -> None:
@@ -96,7 +95,7 @@ def _write(folder: Path, rows: Iterable[Row], encoder_for: Any, max_length: int,
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     encode: Encoder | None = None
-    offsets, num_rows, cut, masked = [0], 0, 0, 0
+    offsets, targets, num_rows, cut, masked = [0], list[int](), 0, 0, 0
     with (temporary / "ids").open("wb") as ids_file, (temporary / "mask").open("wb") as mask_file:
         for row in rows:
             encode = encode or encoder_for(row)
@@ -109,8 +108,10 @@ def _write(folder: Path, rows: Iterable[Row], encoder_for: Any, max_length: int,
             np.array(ids[:max_length], dtype=np.int32).tofile(ids_file)
             np.array(mask[:max_length], dtype=np.uint8).tofile(mask_file)
             offsets.append(offsets[-1] + min(len(ids), max_length))
+            targets.append(sum(mask[1:max_length]))
     _require_samples(num_rows, len(offsets) - 1, what)
-    np.array(offsets, dtype=np.int64).tofile(temporary / "offsets")
+    for name, values in (("offsets", offsets), ("targets", targets)):
+        np.array(values, dtype=np.int64).tofile(temporary / name)
     meta = SampleMeta(num_rows, len(offsets) - 1, offsets[-1], cut, masked)
     (temporary / "meta.json").write_text(json.dumps(asdict(meta)))
     shutil.rmtree(folder, ignore_errors=True)

@@ -89,7 +89,7 @@ def _field(row: Row, name: str, kinds: tuple[type, ...] = (str,)) -> Any:
     value = row.values.get(name)
     if not isinstance(value, kinds) or not value:
         found = "missing" if name not in row.values else "empty" if not value else f"a {type(value).__name__}"
-        wanted = " or ".join({str: "text", list: "a list of messages"}[kind] for kind in kinds)
+        wanted = " or ".join("text" if kind is str else "a list of messages" for kind in kinds)
         raise BadData(f"{row.where}: `{name}` is {found}: it must be {wanted}")
     return value
 
@@ -127,7 +127,7 @@ def _messages(row: Row) -> list[dict[str, Any]]:
     from trl.data_utils import maybe_convert_to_chatml
 
     values = {key: row.values[key] for key in ("messages", "conversations") if key in row.values}
-    messages = _field(Row(row.where, maybe_convert_to_chatml(values)), "messages", (list,))
+    messages: list[dict[str, Any]] = _field(Row(row.where, maybe_convert_to_chatml(values)), "messages", (list,))
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadData(f'{row.where}: message {number} has no role: write {{"role": ..., "content": ...}}')
@@ -160,9 +160,10 @@ def _assistant_template(tokenizer: Any) -> str | None:
     if has_generation_markers(tokenizer.chat_template):
         return str(tokenizer.get_chat_template())
     try:
-        return get_training_chat_template(tokenizer)
+        template: str | None = get_training_chat_template(tokenizer)
     except ValueError:
         return None
+    return template
 
 
 def _encode_messages(row: Row, tokenizer: Any, train_on: str, template: str | None) -> Tokens:

@@ -126,16 +126,18 @@ def _step(session: Session, position: Position, reporter: Reporter) -> list[bool
     step, data, optimizer, env = position.step, session.data, session.optimizer, session.env
     batch = data.plan.global_batch(step)
     targets = num_targets(batch, data.sequences)
+    # float16 has no room for gradients of a mean over thousands of tokens: there they stay sums until all are added up
+    divisor = targets if session.config.spec.quantization.compute_dtype == "float16" else 1
     optimizer.zero_grad()
     for micro in share(batch, env.rank, env.world_size):
-        loss = _loss(session, micro, data.samples, data.sequences, targets)
+        loss = _loss(session, micro, data.samples, data.sequences, targets // divisor)
         faults.reach("backward", step)
         loss.backward()
         optimizer.add_loss(loss)
         reporter.trace(micro, data.sequences)
     optimizer.set_flags(*_wishes(session), reporter.save_due(session, position))
     faults.reach("all-reduce", step)
-    loss_value, flags = optimizer.all_reduce()
+    loss_value, flags = optimizer.all_reduce(divisor)
     if session.snapshots:
         session.snapshots.wait()  # the state of the step before is safe before it changes
     faults.reach("optimizer", step)
