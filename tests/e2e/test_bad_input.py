@@ -65,7 +65,7 @@ BAD: dict[str, tuple[Manifest, str, tuple[str, ...]]] = {
     "malformed data set": (
         run("malformed", dataset={"uri": f"s3://{BUCKET}/bad/malformed.jsonl"}),
         "InvalidDataset",
-        ("malformed.jsonl", "line 2"),
+        ("malformed.jsonl:2: not JSON", "one object a line"),
     ),
     "empty data set": (
         run("empty", dataset={"uri": f"s3://{BUCKET}/bad/empty.jsonl"}),

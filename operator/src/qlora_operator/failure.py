@@ -137,7 +137,8 @@ def never_retried(case: Case) -> Verdict | None:
     if case.ending.exit_code not in NEVER_RETRIED:
         return None
     reason = FATAL_REASONS[ExitCode(case.ending.exit_code)]
-    return Verdict("Fail", reason, f"{case.ending.message or reason} {ADVICE[reason]}", case.ending)
+    what = (case.ending.message or reason).rstrip(". ")
+    return Verdict("Fail", reason, f"{what}. {ADVICE[reason]}", case.ending)
 
 
 def asked_for(case: Case) -> Verdict | None:
@@ -209,8 +210,8 @@ def describe(ending: Ending) -> str:
     who = f"rank {ending.rank} in {ending.pod_name}" if ending.rank is not None else ending.pod_name or "the run"
     where = f" on node {ending.node_name}" if ending.node_name else ""
     how = f" ended with exit code {ending.exit_code}" if ending.exit_code is not None else ""
-    what = f": {ending.message}" if ending.message else ""
-    return f"{who}{where}{how} at step {ending.step}{what} {ADVICE.get(ending.reason, '')}".strip()
+    what = f": {ending.message.rstrip('. ')}" if ending.message else ""
+    return f"{who}{where}{how} at step {ending.step}{what}. {ADVICE.get(ending.reason, '')}".strip()
 
 
 def of_termination(pod_name: str, node_name: str, termination: Termination) -> Ending:
