@@ -24,14 +24,21 @@ def warm() -> None:
     time.sleep(WARM_SECONDS)
 
 
-def main() -> None:
+def main() -> int:
+    """Exit code as the real worker's."""
+    try:
+        _count()
+    except RuntimeError as error:  # a collective broke
+        print(error, flush=True)
+        return ExitCode.LOST_PEER
+    return ExitCode.OK
+
+
+def _count() -> None:
     """Counts steps together with its peers."""
     env = WorkerEnv.of_environment()
-    def mark(what): print(f"{time.time():.3f} MARK {what}", flush=True)
-    mark("main")
     slots = SnapshotSlots(env.run_dir)
     dist.init_process_group("gloo", timeout=timedelta(seconds=20))
-    mark("group")
     newest = slots.newest()
     start = torch.tensor([newest.step if newest else 0])
     dist.all_reduce(start, op=dist.ReduceOp.MAX)
@@ -49,7 +56,6 @@ def main() -> None:
         )
         write_worker_state(env.run_dir, env.local_rank, told)
 
-    mark("restored")
     step = int(start)
     tell(Phase.TRAINING, step)
     while step < STEPS:

@@ -32,6 +32,7 @@ ENV_TERMINATION = "QLORA_TERMINATION"
 WATCH_SECONDS = 0.05
 LEAVE_PATIENCE_SECONDS = 2.0  # then this pod parks its workers without the coordinator's word
 FINISHED_SECONDS = 120.0  # a finished pod goes on reporting so long, unless it is ended before
+STOPPED_SECONDS = 120.0  # the same for one that stopped because the run is suspended
 _RETRY_SECONDS = (1.0, 5.0, 15.0, 30.0)
 
 log = logging.getLogger("qlora.agent")
@@ -154,14 +155,25 @@ class Agent:
         return ExitCode.OK
 
     def _leave(self) -> ExitCode:
-        """Told to stop: tell so once more and go."""
-        self.board.hurry()
-        self.sync.end(1.0)
-        stopped = Termination(
-            exit_code=ExitCode.STOPPED, reason=Reason.SUSPENDING, message="told to stop; the state is saved"
-        )
+        """Told to stop: make the snapshot durable, tell so, go when the pod is ended."""
+        self._flush()
+        stopped = Termination(exit_code=ExitCode.STOPPED, reason=Reason.SUSPENDING, message="stopped; all is saved")
+        self.board.set_state(AgentState.LEAVING, stopped)
         write_termination_message(self.env.termination_path, stopped.model_dump_json(by_alias=True))
+        deadline = time.monotonic() + STOPPED_SECONDS
+        while not self.board.leaving and time.monotonic() < deadline:
+            time.sleep(0.1)  # the kubelet would only start a container again that ends by itself
+        self.sync.end(1.0)
         return ExitCode.STOPPED
+
+    def _flush(self) -> None:
+        """In a child; what it could not save is told in the log and lost with the pod."""
+        child = multiprocessing.get_context("forkserver").Process(target=workers.flush)
+        child.start()
+        child.join()
+        if child.exitcode:
+            termination = read_termination(self.env.run_dir, 0)
+            log.error("the snapshot is not durable: %s", termination.message if termination else child.exitcode)
 
     def _watch(self) -> None:
         """Thread: the workers' files onto the board, and leaving without a coordinator."""
@@ -198,11 +210,18 @@ def write_termination_message(path: Path, text: str) -> None:
         log.warning("no termination message: %s", error)
 
 
+def _crash(failure: threading.ExceptHookArgs) -> None:
+    """A thread that ends by an error would leave an agent that is deaf or blind."""
+    log.critical("thread %s crashed", failure.thread, exc_info=failure.exc_value)
+    os._exit(ExitCode.INTERNAL)
+
+
 def main() -> None:
     """In a process forked from the warm server; ends with the pod's exit code, or INTERNAL to be started again."""
     code: int = ExitCode.INTERNAL
     try:
         workers.die_with_parent()
+        threading.excepthook = _crash
         workers.share_fork_server()
         workers.show_stacks_on_usr1()
         level = os.environ.get("QLORA_LOG_LEVEL", "INFO")

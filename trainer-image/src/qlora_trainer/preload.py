@@ -13,8 +13,9 @@ from qlora_trainer.workers import DEFAULT_WORKER, ENV_WORKER, die_with_parent
 die_with_parent()
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # is_available() without a CUDA context
 
-for _name in ("torch", "torch.distributed", "torch._dynamo", "qlora_trainer.pod_agent"):
+_OURS = ("qlora_trainer.pod_agent", os.environ.get(ENV_WORKER, DEFAULT_WORKER).partition(":")[0])
+_LATE = ("torch._dynamo", "transformers", "peft", "bitsandbytes", "accelerate", "matplotlib.figure")  # imported in use
+for _name in (*_OURS, *_LATE):
     importlib.import_module(_name)
-importlib.import_module(os.environ.get(ENV_WORKER, DEFAULT_WORKER).partition(":")[0])
 gc.collect()
 gc.freeze()  # a collection in a forked process would touch, and so copy, every page of what is shared

@@ -42,7 +42,7 @@ class Line:
             headers = {"Content-Type": "application/json"}
             if self._token.is_file():
                 headers["Authorization"] = f"Bearer {self._token.read_text().strip()}"
-            connection.request("POST", self._parts.path, report.model_dump_json(by_alias=True), headers)
+            connection.request("POST", self._parts.path, report.model_dump_json(by_alias=True).encode(), headers)
         except (http.client.HTTPException, OSError) as error:
             self.close()
             raise ConnectionError(f"{self._parts.netloc}: {error or type(error).__name__}") from error

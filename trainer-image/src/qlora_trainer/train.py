@@ -35,6 +35,11 @@ def main() -> None:
     work(config_path(), WorkerEnv.of_environment())
 
 
+def run() -> ExitCode:
+    """Entry under torch elastic's agent, which ends the process by this code."""
+    return guarded(run_worker, config_path(), WorkerEnv.of_environment())
+
+
 def warm() -> None:
     """Entry of the process that brings all a worker needs to this node's disk before the pod is let in."""
 

@@ -27,6 +27,8 @@ ENV_WORKER = "QLORA_WORKER"  # module:function that trains and returns an exit c
 ENV_WARM_UP = "QLORA_WARM_UP"  # module:function run once before the pod is let in, where it is not train.warm
 DEFAULT_WORKER = "qlora_trainer.train:run"
 DEFAULT_WARM_UP = "qlora_trainer.train:warm"
+ENV_FLUSH = "QLORA_FLUSH"  # module:function run before the pod goes, where it is not flush.run
+DEFAULT_FLUSH = "qlora_trainer.flush:run"
 _PR_SET_PDEATHSIG = 1
 _TAIL_BYTES = 6000
 
@@ -81,10 +83,19 @@ def work() -> None:
 
 
 def warm_up() -> None:
-    """Entry point of the warm child: everything a worker needs that may take long, before the pod is let in."""
+    """Entry of a child: everything a worker needs that may take long, before the pod is let in."""
+    _run_alone(os.environ.get(ENV_WARM_UP, DEFAULT_WARM_UP))
+
+
+def flush() -> None:
+    """Entry of a child: what must be durable before the pod goes."""
+    _run_alone(os.environ.get(ENV_FLUSH, DEFAULT_FLUSH))
+
+
+def _run_alone(name: str) -> None:
     die_with_agent()
     _redirect_output(Path(os.environ[ENV_RUN_DIR]) / "log-0")
-    _end(_load(os.environ.get(ENV_WARM_UP, DEFAULT_WARM_UP))() or 0)
+    _end(_load(name)() or 0)
 
 
 def _end(code: int) -> NoReturn:
