@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 from pydantic.alias_generators import to_camel
 
 
@@ -24,6 +24,9 @@ def _rfc3339(moment: datetime) -> str:
 
 Time = Annotated[datetime, PlainSerializer(_rfc3339, return_type=str, when_used="json")]
 """A moment in UTC, RFC 3339 with microseconds on the wire."""
+
+Measure = Annotated[float, AfterValidator(lambda value: float(f"{value:.5g}"))]
+"""A measured number; five digits are what a person reads in `kubectl get`."""
 
 IntOrString = Annotated[int | str, Field(json_schema_extra={"x-kubernetes-int-or-string": True})]
 """A Kubernetes quantity such as `1`, `"500m"` or `"16Gi"`."""

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from qlora_api.base import ApiModel, Time
+from qlora_api.base import ApiModel, Measure, Time
 
 
 class State(StrEnum):
@@ -36,12 +36,12 @@ class Progress(ApiModel):
 
     step: int = Field(0, ge=0, description="Optimizer steps done.")
     total_steps: int = Field(0, ge=0)
-    loss: float | None = Field(None, description="Training loss of the last step, nats a token.")
-    eval_loss: float | None = Field(None, description="Newest evaluation loss, nats a token.")
-    learning_rate: float | None = None
-    grad_norm: float | None = None
+    loss: Measure | None = Field(None, description="Training loss of the last step, nats a token.")
+    eval_loss: Measure | None = Field(None, description="Newest evaluation loss, nats a token.")
+    learning_rate: Measure | None = None
+    grad_norm: Measure | None = None
     tokens: int = Field(0, ge=0, description="Tokens trained on so far, padding not counted.")
-    tokens_per_second: float | None = Field(None, description="Over all nodes.")
+    tokens_per_second: Measure | None = Field(None, description="Over all nodes.")
     eta_seconds: int | None = Field(None, ge=0)
 
 
