@@ -82,13 +82,17 @@ class Agent:
         """Until the run is finished or this pod must stop."""
         signal.signal(signal.SIGTERM, self._on_sigterm)
         clear_worker_files(self.env.run_dir)
-        for thread in (self.sync, *self.pumps, threading.Thread(target=self._watch, name="watch", daemon=True)):
-            thread.start()
+        self.start_threads()
         self._warm_up()
         while not self.board.stopping:
             if self._train():
                 return self._finish()
         return self._leave()
+
+    def start_threads(self) -> None:
+        """Report, watch, pass output on."""
+        for thread in (self.sync, *self.pumps, threading.Thread(target=self._watch, name="watch", daemon=True)):
+            thread.start()
 
     def _warm_up(self) -> None:
         """Fork server, model and data in the cache; retried until it succeeds or the pod is told to stop."""

@@ -25,25 +25,15 @@ STORE_SECONDS = 20.0
 _PORTS = 100
 
 log = logging.getLogger(__name__)
-_board: Board | None = None
-
-
-def use_board(board: Board) -> None:
-    """The board of this process's agent, for handlers that torch elastic creates."""
-    global _board
-    _board = board
 
 
 def create_handler(params: RendezvousParameters) -> RendezvousHandler:
-    """What torch elastic's registry calls for the backend `qlora`."""
-    if _board is None:
-        raise ValueError("backend qlora needs the agent of a trainer pod: start `python -m qlora_trainer.agent`")
-    return QloraRendezvous(_board, params.run_id, int(params.get("nproc_per_node", 1)))
+    """For torch elastic's registry: a pod that runs plain torchrun reports and joins as one with our agent does."""
+    from qlora_trainer.pod_agent import Agent, AgentEnv
 
-
-def plugin() -> object:
-    """Entry point of the group `torchrun.handlers`: returns the creator."""
-    return create_handler
+    agent = Agent(AgentEnv.of_environment())
+    agent.start_threads()
+    return QloraRendezvous(agent.board, params.run_id, agent.env.num_workers)
 
 
 class QloraRendezvous(RendezvousHandler):
