@@ -101,6 +101,10 @@ def test_schedules_are_transformers(make_config: Any, kind: str, warmup: float) 
         theirs.step()
 
 
+def test_a_run_of_one_step_learns(make_config: Any) -> None:
+    assert learning_rate_factor(make_config().spec.training, 0, 1) == 1.0
+
+
 def test_optimizers_that_cannot_work_here(make_config: Any) -> None:
     paged = make_config(training={"optimizer": "paged_adamw_8bit"})
     with pytest.raises(BadConfig, match=r"cannot be checkpointed when sharded.*one GPU"):

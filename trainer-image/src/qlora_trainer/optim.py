@@ -22,8 +22,11 @@ _CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 
 def learning_rate_factor(spec: TrainingSpec, step: int, num_steps: int) -> float:
-    """Share of the peak learning rate at `step` (from 0); transformers' schedules, as functions of the step."""
-    warmup = math.ceil(num_steps * spec.warmup_ratio)
+    """Share of the peak learning rate at `step` (from 0); transformers' schedules, as functions of the step.
+
+    Other than there, at least one step is after the warm-up: a run of one step would learn nothing at rate 0.
+    """
+    warmup = min(math.ceil(num_steps * spec.warmup_ratio), num_steps - 1)
     if step < warmup:
         return step / max(1, warmup)
     progress = (step - warmup) / max(1, num_steps - warmup)
