@@ -171,7 +171,7 @@ def _times(o: Observed, plan: Plan, settings: Settings) -> list[float]:
 
 def _suspend(o: Observed, settings: Settings) -> Decision:
     """Stop at a step boundary, save, then give the pods back."""
-    status = o.status.model_copy(update={"slots": o.status.slots})
+    status = o.status
     condition = conditions.find(status, ConditionType.SUSPENDED)
     since = condition.last_transition_time if condition is not None and condition.status == "Unknown" else o.now
     left = settings.suspend_grace_seconds - (o.now - since).total_seconds()
@@ -180,7 +180,8 @@ def _suspend(o: Observed, settings: Settings) -> Decision:
         message = f"{len(saving)} pods stop at a step boundary and save"
         status = put(status, ConditionType.SUSPENDED, None, Reason.SUSPENDING, message, o.now)
         answer = _answer(status, status.generation, Command.STOP)
-        return Decision(status, answer, (), (), min(left, settings.drop_seconds))
+        unwanted = slots.superseded(o, status.slots)
+        return Decision(status, answer, unwanted, (), min(left, settings.drop_seconds))
     message = "spec.suspend is true; set it to false to go on from the newest checkpoint"
     nodes = {"nodes": Nodes(), "nodes_summary": "0/0", "slots": slots.release(o)}
     status = status.model_copy(update=nodes)

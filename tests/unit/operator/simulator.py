@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 
 from qlora_api.run import AgentState, Command, ExitCode, Membership, Report, RunIdentity, Termination
 from qlora_api.status import Artifacts, Member, Progress, QLoRAFinetuneStatus
-from qlora_api.types import QLoRAFinetuneSpec
+from qlora_api.types import ElasticPolicy, QLoRAFinetuneSpec
 from qlora_operator.conditions import is_over
 from qlora_operator.decide import decide
 from qlora_operator.settings import Settings
@@ -57,6 +57,7 @@ class SimAgent:
     stubborn_until: float = 0.0  # does not react to prepare
     silent_until: float = 0.0  # partitioned: neither reports nor learns
     in_flight: Report | None = None  # a report made earlier and still under way
+    stopped: bool = False  # PID 1 ends
     floor: int | None = None  # only newer generations are joined; set by the first answer
 
     def report(self, step: int, total: int) -> Report:
@@ -84,8 +85,7 @@ class SimAgent:
         self.floor = view.generation if self.floor is None else self.floor
         mine = self.pod.pod_uid in [member.pod_uid for member in view.members]
         if view.command == Command.STOP:
-            if self.joined and self.state in (AgentState.RUNNING, AgentState.READY):
-                self.termination = Termination(exit_code=ExitCode.STOPPED, reason="Stopped")
+            self.stopped = self.stopped or now >= self.stubborn_until
             return
         called = view.prepare > self.joined or not mine
         if self.state == AgentState.READY and mine and view.generation > max(self.joined, self.floor):
@@ -139,6 +139,8 @@ class Simulation:
             self.now += TICK
             if self.now < self.faulty_seconds:
                 self._fault()
+            elif self.the_run.spec.suspend:
+                self._change({"suspend": False})
             self._nodes()
             self._train()
             self._talk()
@@ -225,13 +227,22 @@ class Simulation:
         assert decision.membership.generation == new.generation
         assert decision.membership.prepare in (new.generation, new.generation + 1)
         assert not {a.name for a in decision.actions if isinstance(a, CreatePod)} & set(self.pods)
-        current = {(slot.index, slot.incarnation) for slot in new.slots if slot.index < self.max_nodes}
-        assert len(current) <= self.max_nodes
+        most = o.run.spec.elastic_policy.max_nodes
+        assert decision.membership.command == Command.RUN or not self._creates(decision)
+        places = {(slot.index, slot.incarnation) for slot in new.slots if slot.index < most}
+        doomed = {action.uid for action in decision.actions if isinstance(action, DeletePod)}
+        left = [pod for pod in o.pods if pod.live and pod.uid not in doomed]
+        assert len(left) + self._creates(decision) <= most, "never more pods than asked for"
+        assert all((pod.index, pod.incarnation) in places for pod in left), "nothing superseded is left alone"
         if new.generation > old.generation:
             self._check_generation(o, new)
 
+    @staticmethod
+    def _creates(decision: Decision) -> int:
+        return sum(isinstance(action, CreatePod) for action in decision.actions)
+
     def _check_generation(self, o: Observed, new: QLoRAFinetuneStatus) -> None:
-        assert self.min_nodes <= len(new.members) <= self.max_nodes
+        assert self.min_nodes <= len(new.members) <= o.run.spec.elastic_policy.max_nodes
         agents = {agent.pod_uid: agent for agent in o.agents}
         live = {pod.uid for pod in o.pods if pod.live}
         for member in new.members:
@@ -246,6 +257,11 @@ class Simulation:
         assert kept == [uid for uid in survivors if uid in kept], "survivors keep their order"
         assert [m.pod_uid for m in new.members][: len(kept)] == kept, "newcomers go last"
 
+    def _change(self, update: dict[str, object]) -> None:
+        """A person edits the spec."""
+        spec, generation = self.the_run.spec.model_copy(update=update), self.the_run.generation + 1
+        self.the_run = replace(self.the_run, spec=spec, generation=generation)
+
     # Nodes and agents.
 
     def _clock(self) -> datetime:
@@ -254,6 +270,10 @@ class Simulation:
     def _nodes(self) -> None:
         for name, pod in list(self.pods.items()):
             dead = pod.node in self.dead_nodes
+            if pod.uid in self.agents and self.agents[pod.uid].stopped and not dead:
+                del self.agents[pod.uid]
+                ended = replace(pod, ended=True, restarts=pod.restarts + 1, exit=Exit(ExitCode.STOPPED, "Error"))
+                pod = self.pods[name] = ended
             if pod.deleting and not dead and self.rng.random() < 0.4:
                 del self.pods[name]
                 self.agents.pop(pod.uid, None)
@@ -308,7 +328,7 @@ class Simulation:
             return
         pod = self.rng.choice(live)
         agent = self.agents[pod.uid]
-        match self.rng.randint(0, 7):
+        match self.rng.randint(0, 9):
             case 0:  # the node dies and says nothing
                 self.dead_nodes.add(pod.node)
                 del self.agents[pod.uid]
@@ -329,6 +349,11 @@ class Simulation:
                     agent.state = AgentState.FAILED
             case 5:  # partitioned for a while
                 agent.silent_until = self.now + self.rng.choice([1.0, 4.0, 15.0])
+            case 8:  # suspended or resumed
+                self._change({"suspend": not self.the_run.spec.suspend})
+            case 9:  # scaled
+                most = self.rng.randint(self.min_nodes, self.max_nodes)
+                self._change({"elastic_policy": ElasticPolicy(min_nodes=self.min_nodes, max_nodes=most)})
             case 7:  # the agent process begins anew, at once
                 self.agents[pod.uid] = SimAgent(agent.pod, self.now)
             case 6:  # its workers do not answer
