@@ -30,7 +30,7 @@ def plain_model(model, model_dir):
     plain = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     for group in model.adapter.groups:
         weights = weight_of(model.layers[group.plan.layer].packed.data_bytes, group.key, torch.float32)
-        for name, weight in zip(group.plan.names, weights.split(group.widths), strict=True):
+        for name, weight in zip(group.plan.names, weights.split(group.rows), strict=True):
             path = f"{group.plan.path}.{name}"
             a = model.trainable.get(f"base_model.model.{path}.lora_A.weight")
             if a is not None:

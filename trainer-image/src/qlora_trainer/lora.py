@@ -45,24 +45,25 @@ class Group(nn.Module):
         device = tables.code4.device
         empty = torch.zeros(0, plan.spec.columns, device=device), torch.zeros(0, plan.spec.rank, device=device)
         self.nothing = (*(factor.to(dtype) for factor in empty), *empty)
-        self.widths = list(plan.spec.rows)
+        self.rows = list(plan.spec.rows)
         self.pending: tuple[Tensor, list[Tensor | None]] | None = None
         self.a: Tensor
         self.b: Tensor
         self.seeds: Tensor
 
-    def product(self, x: Tensor) -> Tensor:
-        """Base and adapter of all members, (..., sum of rows)."""
+    def product(self, x: Tensor) -> list[Tensor]:
+        """Base and adapter, (..., rows) of every member."""
         assert self.state.blob is not None, "the layer is not gathered"
         factors = self.nothing if self.dora else (self.a, self.b, self.a_master, self.b_master)
-        return linear(x.to(self.dtype), self.state.blob, *factors, self.seeds, self.key, self.training)[0]
+        outputs = linear(x.to(self.dtype), self.state.blob, *factors, self.seeds, self.key, self.training)[:-1]
+        return list(outputs) if len(outputs) == len(self.rows) else list(outputs[0].split(self.rows, -1))
 
     def member(self, index: int, x: Tensor) -> Tensor:
         """Member `index` applied to x; its siblings, called next with the same x, find theirs ready."""
-        if len(self.widths) == 1:
-            return self.product(x)
+        if len(self.rows) == 1:
+            return self.product(x)[0]
         if self.pending is None or self.pending[0] is not x or self.pending[1][index] is None:
-            self.pending = (x, list(self.product(x).split(self.widths, -1)))
+            self.pending = (x, [*self.product(x)])
         parts = self.pending[1]
         result = parts[index]
         assert result is not None
@@ -97,14 +98,14 @@ class DoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         group = self._group[0]
         spec = group.plan.spec
-        y = group.product(x)
+        y = group.product(x)[0]
         dropped = x
         if spec.dropout and self.training:
             dropped = torch.ops.qlora.dropout(x, group.seeds, 0, spec.dropout)
         a, b = group.a_master.to(x.dtype), group.b_master.to(x.dtype)
         delta = spec.scale * ((dropped @ a.t()) @ b.t())
         factor = (group.magnitude / self._norm(group)).to(x.dtype)
-        base = group.product(dropped) if dropped is not x else y
+        base = group.product(dropped)[0] if dropped is not x else y
         result = y + (factor - 1) * base + factor * delta
         return result if self.bias is None else result + self.bias
 
@@ -158,8 +159,10 @@ class Adapter:
             self._name(group, masters[i], grads[i], masters[count + i], grads[count + i])
 
     def _name(self, group: Group, a: Tensor, a_grad: Tensor, b: Tensor, b_grad: Tensor) -> None:
-        for member, _, rows, k in group.plan.spec.slices():
-            path = f"base_model.model.{group.plan.path}.{group.plan.names[member]}"
+        names = [name for name, adapted in zip(group.plan.names, group.plan.spec.adapted, strict=True) if adapted]
+        for name, part in zip(names, group.plan.spec.parts(), strict=True):
+            path = f"base_model.model.{group.plan.path}.{name}"
+            rows, k = part.b_rows, part.xa
             if self.freeze_a:
                 self.frozen[f"{path}.lora_A.weight"] = a[k]
             else:

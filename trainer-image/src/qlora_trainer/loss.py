@@ -50,6 +50,7 @@ class _ChunkedLoss(torch.autograd.Function):
             total += loss
             if wants_grad:
                 torch.mm(logits_grad, weight, out=grad[part])
+            del logits, logits_grad  # before the next chunk's, not after
         ctx.save_for_backward(grad)
         return total
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from qlora_api.run import TrainConfig
 from qlora_api.types import LoraSpec
 from qlora_trainer import ops
+from qlora_trainer.attention import NAME, pick_attention, sequence_bounds
 from qlora_trainer.errors import BadConfig, CorruptBase
 from qlora_trainer.loader import PackedModel, discard_damaged
 from qlora_trainer.lora import Adapter, DoraLinear, Group, GroupPlan, LayerState, QuantLinear
@@ -95,7 +96,6 @@ class TrainableModel:
         if packed:
             assert position_ids is not None
             shifted[:, :-1][position_ids[:, 1:] == 0] = IGNORED
-            position_ids = position_ids.to(self.device, non_blocking=True)
         self.adapter.refresh()
         hidden = self.hidden_states(input_ids.to(self.device, non_blocking=True), position_ids if packed else None)
         total = self._head_loss(hidden, shifted.to(self.device, non_blocking=True))
@@ -108,7 +108,12 @@ class TrainableModel:
             embeddings = self._noised(embeddings)
             embeddings.requires_grad_()  # every layer computes the same graph, the first included
         decoder = self.hf_model.base_model
-        return decoder(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False).last_hidden_state
+        bounds = {}
+        if position_ids is not None and self.hf_model.config._attn_implementation == NAME:
+            bounds["cu_seq_lens_q"] = sequence_bounds(position_ids.cpu()).to(self.device, non_blocking=True)
+        if position_ids is not None:
+            position_ids = position_ids.to(self.device, non_blocking=True)
+        return decoder(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False, **bounds).last_hidden_state
 
     def compile_loss(self) -> None:
         """Fuse the elementwise part of the cross-entropy."""
@@ -156,7 +161,8 @@ def build_model(
     """The model of `config` on `device`, its base sharded over `mesh` (None: one rank). Raises BadConfig, BadModel."""
     spec = config.spec
     dtype = FP_TYPES[spec.quantization.compute_dtype]
-    hf_model = build_skeleton(packed.hf_config, dtype, packed.trust_remote_code)
+    attention = pick_attention(packed.hf_config, spec.training.max_length, device)
+    hf_model = build_skeleton(packed.hf_config, dtype, packed.trust_remote_code, attention)
     _fill_rest(hf_model, packed.read_rest(device), device)
     tables = packed.read_tables(device)
     layers = decoder_layers(hf_model)[1]

@@ -20,6 +20,16 @@ recompute_skips_output = False  # set while a checkpoint recomputes: outputs tha
 
 
 @dataclass(frozen=True)
+class Part:
+    """Where one adapted member's numbers are: output and its columns, rows of B, columns of xa."""
+
+    output: int
+    columns: slice
+    b_rows: slice
+    xa: slice
+
+
+@dataclass(frozen=True)
 class GroupSpec:
     """What the operator has to know about a group; equal for the same linears of all layers."""
 
@@ -43,15 +53,23 @@ class GroupSpec:
     def num_adapters(self) -> int:
         return sum(self.adapted)
 
-    def slices(self) -> list[tuple[int, slice, slice, slice]]:
-        """Of every adapted member: its number, its columns in y, its rows in B, its columns in xa."""
-        ends = list(accumulate(self.rows))
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of every output: one output for all members, or one each where they are wide.
+
+        Narrow members gain by one product; of wide ones (gate and up) the gradients would have to be put side by side.
+        """
+        return self.rows if min(self.rows) > self.columns else (sum(self.rows),)
+
+    def parts(self) -> list[Part]:
+        """Of every adapted member."""
+        separate = len(self.widths) == len(self.rows)
         result, b_end = [], 0
-        for index, (rows, end, adapted) in enumerate(zip(self.rows, ends, self.adapted, strict=True)):
+        for index, (rows, end, adapted) in enumerate(zip(self.rows, accumulate(self.rows), self.adapted, strict=True)):
             if adapted:
-                k = len(result)
-                xa = slice(k * self.rank, (k + 1) * self.rank)
-                result.append((index, slice(end - rows, end), slice(b_end, b_end + rows), xa))
+                xa = slice(len(result) * self.rank, (len(result) + 1) * self.rank)
+                output, columns = (index, slice(0, rows)) if separate else (0, slice(end - rows, end))
+                result.append(Part(output, columns, slice(b_end, b_end + rows), xa))
                 b_end += rows
         return result
 
@@ -102,36 +120,40 @@ def linear(
     seeds: Tensor,
     key: int,
     training: bool,
-) -> tuple[Tensor, Tensor]:
-    """(y, xa); `seeds` (2,) int64 = (step seed, group number) selects the dropout mask when `training`."""
+) -> list[Tensor]:
+    """[*outputs, xa]; `seeds` (2,) int64 = (step seed, group number) selects the dropout mask when `training`."""
     spec = spec_of(key)
     flat = x.reshape(-1, spec.columns)
     xa = _low_rank_input(flat, a, seeds, spec, training)
-    shape = (*x.shape[:-1], sum(spec.rows))
-    if recompute_skips_output and spec.last:
-        return flat.new_empty(shape), xa
-    weight = weight_of(blob, key, x.dtype)
-    if x.is_cuda and all(spec.adapted):  # the thin products first: the wide one adds to them as it writes
-        y = flat.new_empty(flat.shape[0], weight.shape[0])
-        for _, rows, b_rows, k in spec.slices():
-            torch.mm(xa[:, k], b[b_rows].t(), out=y[:, rows])
-        return y.addmm_(flat, weight.t()).view(shape), xa
-    y = flat @ weight.t()
-    for _, rows, b_rows, k in spec.slices():
-        y[:, rows].addmm_(xa[:, k], b[b_rows].t())
-    return y.view(shape), xa
+    outputs = [flat.new_empty(flat.shape[0], width) for width in spec.widths]
+    if not (recompute_skips_output and spec.last):
+        _multiply(outputs, flat, weight_of(blob, key, x.dtype), xa, b, spec)
+    return [*(y.view(*x.shape[:-1], y.shape[1]) for y in outputs), xa]
+
+
+def _multiply(outputs: list[Tensor], x: Tensor, weight: Tensor, xa: Tensor, b: Tensor, spec: GroupSpec) -> None:
+    """outputs = x W^T + xa B^T; with adapters everywhere the thin products come first and the wide one adds to them."""
+    thin_first = all(spec.adapted) and x.is_cuda
+    if thin_first:
+        for part in spec.parts():
+            torch.mm(xa[:, part.xa], b[part.b_rows].t(), out=outputs[part.output][:, part.columns])
+    for y, rows in zip(outputs, weight.split(spec.widths), strict=True):
+        y.addmm_(x, rows.t()) if thin_first else torch.mm(x, rows.t(), out=y)
+    if not thin_first:
+        for part in spec.parts():
+            outputs[part.output][:, part.columns].addmm_(xa[:, part.xa], b[part.b_rows].t())
 
 
 @linear.register_fake
 def _(x, blob, a, b, a_master, b_master, seeds, key, training):  # type: ignore[no-untyped-def]
     spec = spec_of(key)
     xa = x.new_empty(x.numel() // spec.columns, spec.num_adapters * spec.rank)
-    return x.new_empty(*x.shape[:-1], sum(spec.rows)), xa
+    return [*(x.new_empty(*x.shape[:-1], width) for width in spec.widths), xa]
 
 
 @torch.library.custom_op("qlora::linear_backward", mutates_args=())
 def linear_backward(
-    dy: Tensor,
+    gradients: list[Tensor],
     x: Tensor,
     xa: Tensor,
     blob: Tensor,
@@ -143,27 +165,36 @@ def linear_backward(
     need_x: bool,
     need_a: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dA, dB); dA and dB are float32; what is not needed is empty."""
+    """(dx, dA, dB) from the outputs' gradients; dA and dB are float32; what is not needed is empty."""
     spec = spec_of(key)
-    dy = dy.reshape(-1, dy.shape[-1])
+    dys = [dy.reshape(-1, dy.shape[-1]) for dy in gradients]
     flat = x.reshape(-1, spec.columns)
     dxa = torch.empty_like(xa)
     db = torch.empty(b.shape, dtype=torch.float32, device=b.device)
-    for _, rows, b_rows, k in spec.slices():
-        torch.mm(dy[:, rows], b[b_rows], out=dxa[:, k])
-        db[b_rows] = _mm_float(dy[:, rows].t(), xa[:, k])
+    for part in spec.parts():
+        dy = dys[part.output][:, part.columns]
+        torch.mm(dy, b[part.b_rows], out=dxa[:, part.xa])
+        db[part.b_rows] = _mm_float(dy.t(), xa[:, part.xa])
     dxa *= spec.scale
     dropped = bool(spec.dropout and training)
     da = _grad_a(dxa, flat, a, seeds, spec, dropped) if need_a else a.new_empty(0, dtype=torch.float32)
     if not need_x:
-        return dy.new_empty(0), da, db
-    if dropped:
-        dx = torch.zeros_like(flat)
-        for number, (_, _, _, k) in enumerate(spec.slices()):
-            dx += drop(dxa[:, k] @ a[k], seeds, number, spec.dropout)
-    else:
-        dx = dxa @ a
-    return dx.addmm_(dy, weight_of(blob, key, dy.dtype)).view(x.shape), da, db
+        return x.new_empty(0), da, db
+    dx = _grad_x(dxa, flat, a, seeds, spec, dropped)
+    weight = weight_of(blob, key, flat.dtype)
+    for dy, rows in zip(dys, weight.split(spec.widths), strict=True):
+        dx.addmm_(dy, rows)
+    return dx.view(x.shape), da, db
+
+
+def _grad_x(dxa: Tensor, x: Tensor, a: Tensor, seeds: Tensor, spec: GroupSpec, dropped: bool) -> Tensor:
+    """The adapters' share of dx."""
+    if not dropped:
+        return dxa @ a
+    dx = torch.zeros_like(x)
+    for number, part in enumerate(spec.parts()):
+        dx += drop(dxa[:, part.xa] @ a[part.xa], seeds, number, spec.dropout)
+    return dx
 
 
 def _grad_a(dxa: Tensor, x: Tensor, a: Tensor, seeds: Tensor, spec: GroupSpec, dropped: bool) -> Tensor:
@@ -171,8 +202,8 @@ def _grad_a(dxa: Tensor, x: Tensor, a: Tensor, seeds: Tensor, spec: GroupSpec, d
     if not dropped:
         return _mm_float(dxa.t(), x)
     da = torch.empty(a.shape, dtype=torch.float32, device=a.device)
-    for number, (_, _, _, k) in enumerate(spec.slices()):
-        da[k] = _mm_float(dxa[:, k].t(), drop(x, seeds, number, spec.dropout))
+    for number, part in enumerate(spec.parts()):
+        da[part.xa] = _mm_float(dxa[:, part.xa].t(), drop(x, seeds, number, spec.dropout))
     return da
 
 
@@ -184,22 +215,23 @@ def _mm_float(left: Tensor, right: Tensor) -> Tensor:
 
 
 @linear_backward.register_fake
-def _(dy, x, xa, blob, a, b, seeds, key, training, need_x, need_a):  # type: ignore[no-untyped-def]
-    dx = dy.new_empty(x.shape if need_x else (0,))
+def _(gradients, x, xa, blob, a, b, seeds, key, training, need_x, need_a):  # type: ignore[no-untyped-def]
+    dx = x.new_empty(x.shape if need_x else (0,))
     da = a.new_empty(a.shape if need_a else (0,), dtype=torch.float32)
     return dx, da, b.new_empty(b.shape, dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, blob, a, b, _, _, seeds, ctx.key, ctx.training = inputs
-    ctx.save_for_backward(x, output[1], blob, a, b, seeds)
-    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, output[-1], blob, a, b, seeds)
 
 
-def _backward(ctx, dy, _):  # type: ignore[no-untyped-def]
+def _backward(ctx, gradients):  # type: ignore[no-untyped-def]
     x, xa, blob, a, b, seeds = ctx.saved_tensors
     need_x, need_a, need_b = ctx.needs_input_grad[0], ctx.needs_input_grad[4], ctx.needs_input_grad[5]
-    dx, da, db = torch.ops.qlora.linear_backward(dy, x, xa, blob, a, b, seeds, ctx.key, ctx.training, need_x, need_a)
+    dx, da, db = torch.ops.qlora.linear_backward(
+        gradients[:-1], x, xa, blob, a, b, seeds, ctx.key, ctx.training, need_x, need_a
+    )
     grads = (dx if need_x else None, None, None, None, da if need_a else None, db if need_b else None)
     return (*grads, None, None, None)
 
@@ -247,6 +279,6 @@ def _low_rank_input(x: Tensor, a: Tensor, seeds: Tensor, spec: GroupSpec, traini
     if not (spec.dropout and training):
         return (x @ a.t()).mul_(spec.scale)
     xa = x.new_empty(x.shape[0], spec.num_adapters * spec.rank)
-    for number, (_, _, _, k) in enumerate(spec.slices()):
-        xa[:, k] = drop(x, seeds, number, spec.dropout) @ a[k].t()
+    for number, part in enumerate(spec.parts()):
+        xa[:, part.xa] = drop(x, seeds, number, spec.dropout) @ a[part.xa].t()
     return xa.mul_(spec.scale)

@@ -29,18 +29,21 @@ def read_hf_config(model_dir: Path, trust_remote_code: bool = False) -> Any:
         raise BadModel(f"{model_dir}: no readable config.json ({error}): name a folder of a causal LM") from error
 
 
-def build_skeleton(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+def build_skeleton(
+    hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = False, attention: str | None = None
+) -> nn.Module:
     """The causal LM with its parameters on the meta device and its buffers real, on the CPU."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     hf_config.use_cache = False
     capped = getattr(hf_config, _CAPPED, None) is not None  # Gemma 2: only the eager attention caps scores
-    attention = {"attn_implementation": "eager"} if capped else {}
+    attention = "eager" if capped else attention
+    options = {} if attention is None else {"attn_implementation": attention}
     try:
         with _building, init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
-                hf_config, dtype=dtype, trust_remote_code=trust_remote_code, **attention
+                hf_config, dtype=dtype, trust_remote_code=trust_remote_code, **options
             )
     except ValueError as error:
         raise BadModel(f"transformers has no causal LM for this configuration: {error}") from error

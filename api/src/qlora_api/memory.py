@@ -1,0 +1,278 @@
+"""The memory plan: what a run needs on every GPU and host, and how it is therefore sharded and recomputed.
+
+Pure arithmetic over the spec and the model's config.json; the trainer follows it, the operator shows it. Every term is
+counted from shapes; the few measured constants stand at the top with the measurement that they come from.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from qlora_api.base import ApiModel
+from qlora_api.types import QLoRAFinetuneSpec
+
+Sharding = Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"]
+
+BLOCK, BLOCK2, ALIGNMENT = 64, 256, 256  # of the packed format (qlora_trainer.quant)
+LOSS_CHUNK = 2048  # tokens whose logits exist at a time (qlora_trainer.loss)
+USABLE = 0.92  # share of a GPU that a plan may fill: context, NCCL and fragmentation take the rest
+GPU_FIXED = 48 << 20  # workspaces of cuBLAS and cuDNN inside the allocator
+HOST_FIXED = int(1.6 * 2**30)  # anonymous memory of a worker: interpreter, torch, compiled code
+TARGET_TOKENS = 8192  # a micro batch of so many tokens fills the chip: more gains under 2 %
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+class Plan(ApiModel):
+    """What one rank needs, in bytes by item, and what follows from it."""
+
+    sharding: Sharding
+    micro_batch_size: int = Field(ge=1)
+    num_layers: int
+    recomputed_layers: int = Field(description="Decoder layers whose activations are recomputed, the first ones.")
+    gpu: dict[str, int] = Field(description="Bytes on the GPU at the peak of a step.")
+    host: dict[str, int] = Field(description="Bytes of host memory a rank.")
+    gpu_limit: int = Field(description="Bytes of the GPU that the plan may use; 0: no GPU.")
+
+    @property
+    def gpu_bytes(self) -> int:
+        return sum(self.gpu.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def fits(self) -> bool:
+        return not self.gpu_limit or self.gpu_bytes <= self.gpu_limit
+
+    def advice(self) -> str:
+        """What to change when the plan does not fit; empty when it does."""
+        if self.fits:
+            return ""
+        need, have = self.gpu_bytes / 2**30, self.gpu_limit / 2**30
+        largest = max(self.gpu, key=lambda item: self.gpu[item])
+        return (
+            f"the run needs {need:.1f} GiB a GPU and {have:.1f} GiB are usable (most for {largest}): lower"
+            " training.maxLength or microBatchSize, set training.cpuOffload: true, or add nodes"
+        )
+
+
+class Shapes(ApiModel):
+    """A decoder-only model's sizes; `linears` are (rows, columns, reads the same input as the one before)."""
+
+    num_layers: int
+    hidden: int
+    feed_forward: int
+    query: int
+    key_value: int
+    vocabulary: int
+    tied: bool
+    gated: bool
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(rows, columns) of a layer's linears by their usual names."""
+        d, ff = self.hidden, self.feed_forward
+        attention = {"q_proj": (self.query, d), "k_proj": (self.key_value, d), "v_proj": (self.key_value, d)}
+        mlp = {"gate_proj": (ff, d), "up_proj": (ff, d)} if self.gated else {"up_proj": (ff, d)}
+        return {**attention, "o_proj": (d, self.query), **mlp, "down_proj": (d, ff)}
+
+
+NOT_GATED = frozenset({"phi", "gpt_neox", "gpt2", "opt", "bloom", "falcon", "starcoder2", "gpt_bigcode"})
+
+
+def shapes_of(model_config: Mapping[str, Any]) -> Shapes:
+    """Sizes from a config.json. ValueError when it is not a decoder-only transformer's."""
+    config = model_config.get("text_config") or model_config
+    try:
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        head = config.get("head_dim") or hidden // heads
+        return Shapes(
+            num_layers=config["num_hidden_layers"],
+            hidden=hidden,
+            feed_forward=config.get("intermediate_size") or 4 * hidden,
+            query=heads * head,
+            key_value=(config.get("num_key_value_heads") or heads) * head,
+            vocabulary=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings", False)),
+            gated=config.get("model_type") not in NOT_GATED,
+        )
+    except KeyError as error:
+        raise ValueError(f"config.json lacks {error}: the memory plan knows decoder-only transformers") from error
+
+
+def plan(
+    spec: QLoRAFinetuneSpec,
+    model_config: Mapping[str, Any],
+    gpu_bytes: int,
+    world_size: int,
+    micro_batch_size: int | None = None,
+) -> Plan:
+    """The plan for `world_size` ranks with GPUs of `gpu_bytes` (0: no GPU). It may not fit: see Plan.fits.
+
+    Preferred in this order: no sharding, the largest useful micro batch, the fewest recomputed layers.
+    """
+    shapes = shapes_of(model_config)
+    limit = int(gpu_bytes * USABLE)
+    wanted = micro_batch_size or spec.training.micro_batch_size
+    candidates = [wanted] if wanted else _micro_batches(spec, world_size)
+    last: Plan | None = None
+    for micro_batch in candidates:
+        for sharding in _shardings(spec, world_size):
+            last = _with_fewest_recomputed(spec, shapes, limit, world_size, sharding, micro_batch)
+            if last.fits:
+                return last
+    assert last is not None
+    return last
+
+
+def _micro_batches(spec: QLoRAFinetuneSpec, world_size: int) -> list[int]:
+    """Micro batches to try, largest first: divisors of the global batch that keep every rank busy."""
+    most = max(1, TARGET_TOKENS // spec.training.max_length)
+    share = max(1, spec.training.global_batch_size // world_size)
+    fitting = [n for n in range(1, min(most, share) + 1) if spec.training.global_batch_size % n == 0]
+    return sorted(fitting, reverse=True)
+
+
+def _shardings(spec: QLoRAFinetuneSpec, world_size: int) -> list[Sharding]:
+    wanted = spec.training.sharding_strategy
+    if world_size == 1 and not spec.training.cpu_offload:
+        return ["NO_SHARD"]
+    if wanted != "auto":
+        return [wanted]
+    return ["FULL_SHARD"] if spec.training.cpu_offload else ["NO_SHARD", "FULL_SHARD"]
+
+
+def _with_fewest_recomputed(
+    spec: QLoRAFinetuneSpec, shapes: Shapes, limit: int, world_size: int, sharding: Sharding, micro_batch: int
+) -> Plan:
+    def build(recomputed: int) -> Plan:
+        gpu = gpu_items(spec, shapes, world_size, sharding, micro_batch, recomputed)
+        return Plan(
+            sharding=sharding,
+            micro_batch_size=micro_batch,
+            num_layers=shapes.num_layers,
+            recomputed_layers=recomputed,
+            gpu=gpu if limit else {},
+            host=host_items(spec, shapes, world_size, sharding),
+            gpu_limit=limit,
+        )
+
+    policy = spec.training.gradient_checkpointing
+    if policy == "full" or (policy == "none" or not limit):
+        return build(shapes.num_layers if policy == "full" else 0)
+    low, high = 0, shapes.num_layers  # fewest that fit: the need falls with every recomputed layer
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if build(middle).fits else (middle + 1, high)
+    return build(low)
+
+
+def gpu_items(
+    spec: QLoRAFinetuneSpec, shapes: Shapes, world_size: int, sharding: Sharding, micro_batch: int, recomputed: int
+) -> dict[str, int]:
+    """Bytes on one GPU at the peak of a step, by item."""
+    tokens = micro_batch * spec.training.max_length
+    item = ITEM_BYTES[spec.quantization.compute_dtype]
+    kept = shapes.num_layers - recomputed
+    activation = activation_bytes(spec, shapes, tokens)
+    boundary = tokens * shapes.hidden * item
+    return {
+        "base": _base_bytes(spec, shapes, world_size, sharding),
+        "embeddings": rest_bytes(spec, shapes),
+        "adapter": adapter_numel(spec, shapes) * _bytes_per_trainable(spec),
+        "activations": kept * activation + recomputed * boundary,
+        "workspace": GPU_FIXED
+        + max(_loss_bytes(shapes, tokens, item), _backward_bytes(spec, shapes, tokens, recomputed)),
+    }
+
+
+def layer_bytes(spec: QLoRAFinetuneSpec, shapes: Shapes) -> int:
+    """Packed bytes of one decoder layer, as qlora_trainer.quant lays them out."""
+    end = 0
+    for rows, columns in shapes.linears.values():
+        for size in _range_sizes(spec, rows * columns):
+            end = _align(end) + size
+    return _align(end)
+
+
+def _range_sizes(spec: QLoRAFinetuneSpec, numel: int) -> list[int]:
+    if spec.quantization.type == "none":
+        return [numel * ITEM_BYTES[spec.quantization.storage_dtype]]
+    blocks = -(-numel // BLOCK)
+    codes = (numel + 1) // 2
+    return [codes, blocks, 4 * -(-blocks // BLOCK2), 4] if spec.quantization.double_quant else [codes, 4 * blocks]
+
+
+def _align(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def _base_bytes(spec: QLoRAFinetuneSpec, shapes: Shapes, world_size: int, sharding: Sharding) -> int:
+    layer = layer_bytes(spec, shapes)
+    if sharding == "NO_SHARD":
+        return shapes.num_layers * layer
+    shards = 0 if spec.training.cpu_offload else shapes.num_layers * -(-layer // world_size)
+    whole = shapes.num_layers if sharding == "SHARD_GRAD_OP" else 2  # the layer in use and the next one
+    return shards + (whole + 1) * layer  # and the buffer that a gather arrives in
+
+
+def rest_bytes(spec: QLoRAFinetuneSpec, shapes: Shapes) -> int:
+    """Embeddings, head and norms: replicated, in the storage type."""
+    matrices = 1 if shapes.tied else 2
+    numel = matrices * shapes.vocabulary * shapes.hidden + (2 * shapes.num_layers + 1) * shapes.hidden
+    return numel * ITEM_BYTES[spec.quantization.storage_dtype]
+
+
+def adapter_numel(spec: QLoRAFinetuneSpec, shapes: Shapes) -> int:
+    """Elements of A, B and DoRA's magnitudes."""
+    total = 0
+    for name, (rows, columns) in shapes.linears.items():
+        if _is_target(name, spec.lora.target_modules):
+            total += spec.lora.r * (rows + columns) + (rows if spec.lora.use_dora else 0)
+    return shapes.num_layers * total
+
+
+def _is_target(name: str, targets: list[str]) -> bool:
+    return targets == ["all-linear"] or any(target.rpartition(".")[2] == name for target in targets)
+
+
+def _bytes_per_trainable(spec: QLoRAFinetuneSpec) -> int:
+    """Master, gradient, working copy, two moments."""
+    work = 0 if spec.quantization.compute_dtype == "float32" else 2
+    return 4 + 4 + work + (8 if spec.training.optimizer == "adamw" else 2)
+
+
+def activation_bytes(spec: QLoRAFinetuneSpec, shapes: Shapes, tokens: int) -> int:
+    """What a decoder layer keeps for its backward pass: inputs of its linears, norms and attention."""
+    d, ff = shapes.hidden, shapes.feed_forward
+    gates = 3 if shapes.gated else 2
+    item = ITEM_BYTES[spec.quantization.compute_dtype]
+    wide = 5 * d + 2 * shapes.query + 2 * shapes.key_value + gates * ff
+    low_rank = spec.lora.r * sum(_is_target(name, spec.lora.target_modules) for name in shapes.linears)
+    return tokens * ((wide + low_rank) * item + 4 * shapes.query // 128)
+
+
+def _loss_bytes(shapes: Shapes, tokens: int, item: int) -> int:
+    """Logits of a chunk, their gradient, and the hidden states' gradient."""
+    chunk = min(tokens, LOSS_CHUNK)
+    return 2 * chunk * shapes.vocabulary * item + 2 * tokens * shapes.hidden * item
+
+
+def _backward_bytes(spec: QLoRAFinetuneSpec, shapes: Shapes, tokens: int, recomputed: int) -> int:
+    """Beside what is kept: a recomputed layer's activations, gradients in flight, one group's dequantized weight."""
+    item = ITEM_BYTES[spec.quantization.compute_dtype]
+    gates = 2 if shapes.gated else 1
+    weight = gates * shapes.feed_forward * shapes.hidden * item
+    gradients = tokens * (gates * shapes.feed_forward + 2 * shapes.hidden) * item
+    again = activation_bytes(spec, shapes, tokens) if recomputed else 0
+    return again + weight + gradients
+
+
+def host_items(spec: QLoRAFinetuneSpec, shapes: Shapes, world_size: int, sharding: Sharding) -> dict[str, int]:
+    """Bytes of host memory a rank: the worker, two snapshot slots of the trainable state, an offloaded base."""
+    state = adapter_numel(spec, shapes) * (12 if spec.training.optimizer == "adamw" else 6)
+    layer = layer_bytes(spec, shapes)
+    offloaded = shapes.num_layers * -(-layer // world_size) if spec.training.cpu_offload else 0
+    return {"worker": HOST_FIXED, "snapshots": 2 * state, "base": offloaded, "loading": layer}

@@ -1,0 +1,172 @@
+"""One rank of the GPU benchmark: builds and trains each case of CASES (a JSON file), appends a line of JSON a case.
+
+Run by bench_gpu.py under torchrun. The clock of `start_seconds` starts at T0 (seconds since the epoch, environment).
+"""
+
+import contextlib
+import gc
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+T0 = float(os.environ.get("T0", time.time()))
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from gpu_shapes import random_packed, train_config
+from qlora_trainer.loader import ensure_packed
+from qlora_trainer.model import TrainableModel, build_model
+from qlora_trainer.optim import Optimizer
+from qlora_trainer.quant import Scheme
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
+GIB = 2**30
+
+
+def anonymous_gib() -> float:
+    """Anonymous host memory of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith("RssAnon"))
+
+
+class Peak(threading.Thread):
+    """Samples this process' anonymous memory."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.gib = 0.0
+
+    def run(self) -> None:
+        while True:
+            self.gib = max(self.gib, anonymous_gib())
+            time.sleep(0.05)
+
+
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def step(model: TrainableModel, optimizer: Optimizer, case: dict[str, Any], number: int) -> float:
+    """One optimizer step over one micro batch of random tokens a rank."""
+    shape = (case["micro_batch"], case["length"])
+    generator = torch.Generator().manual_seed(number * WORLD_SIZE + RANK)
+    ids = torch.randint(4, model.hf_config.vocab_size, shape, generator=generator)
+    optimizer.zero_grad()
+    model.set_step_seed(1, number, RANK)
+    loss = model.loss(ids, ids, None, WORLD_SIZE * shape[0] * (shape[1] - 1))
+    loss.backward()
+    optimizer.add_loss(loss)
+    total, _ = optimizer.all_reduce()
+    optimizer.step(number, 1000)
+    return total
+
+
+def run_case(case: dict[str, Any], peak: Peak) -> dict[str, Any]:
+    result: dict[str, Any] = {"name": case["name"], "rank": RANK, "world_size": WORLD_SIZE}
+    config = train_config(**case.get("sections", {}))
+    begun = time.time()
+    peak.gib = 0.0
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    if "model_dir" in case:
+        packed = ensure_packed(config, Path(case["model_dir"]), Path(case["cache_dir"]), DEVICE)
+    else:
+        quantization = config.spec.quantization
+        scheme = Scheme(quantization.type, quantization.double_quant, torch.bfloat16)
+        packed = random_packed(case["size"], scheme, DEVICE, case.get("num_layers"))
+    mesh = init_device_mesh(DEVICE.type, (WORLD_SIZE,)) if WORLD_SIZE > 1 or case.get("mesh") else None
+    model = build_model(config, packed, mesh, DEVICE, case["micro_batch"])
+    synchronize()
+    result |= {"load_s": round(time.time() - begun, 2), "host_gib": round(peak.gib, 2)}
+    if CUDA:
+        result["load_peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
+        result["loaded_gib"] = round(torch.cuda.memory_allocated() / GIB, 2)
+    if "model_dir" in case:
+        begun = time.time()
+        model.verify()
+        result["verify_s"] = round(time.time() - begun, 2)
+    optimizer = Optimizer(config, model.adapter, WORLD_SIZE)
+    begun = time.time()
+    first = step(model, optimizer, case, 0)
+    synchronize()
+    result |= {"first_step_s": round(time.time() - begun, 2), "start_s": round(time.time() - T0, 2)}
+    durations = []
+    for number in range(1, case["steps"]):
+        if number == case.get("warm", 4) and CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        begun = time.time()
+        last = step(model, optimizer, case, number)
+        synchronize()
+        durations.append(time.time() - begun)
+    steady = sorted(durations[case.get("warm", 4) - 1 :])
+    median = steady[len(steady) // 2]
+    tokens = case["micro_batch"] * case["length"]
+    result |= {"step_s": round(median, 4), "min_s": round(steady[0], 4), "tok_s": round(tokens / median, 1)}
+    result |= {"loss": round(first, 4), "last_loss": round(last, 4), "host_steady_gib": round(anonymous_gib(), 2)}
+    result["host_peak_gib"] = round(peak.gib, 2)
+    if CUDA:
+        result["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
+        result["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
+    if case.get("profile") and RANK == 0 or case.get("profile") and WORLD_SIZE > 1:
+        result["profile"] = profile(lambda: step(model, optimizer, case, 999))
+    return result
+
+
+def profile(run: Any) -> dict[str, Any]:
+    """Kernels of one step by their time in ms."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    with torch_profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        begun = time.time()
+        run()
+        synchronize()
+        wall = time.time() - begun
+    events = [e for e in profiler.key_averages() if e.device_type.name == "CUDA" and e.self_device_time_total > 0]
+    skipped = ("FSDP", "nccl:", "Torch-Compiled", "## ", "FullySh", "Profiler")
+    rows = sorted(
+        ((e.self_device_time_total / 1e3, e.count, e.key[:100]) for e in events if not e.key.startswith(skipped)),
+        reverse=True,
+    )
+    return {"wall_s": round(wall, 4), "kernels": sum(r[1] for r in rows), "kernel_ms": round(sum(r[0] for r in rows), 1),
+            "top": [(round(ms, 2), count, key) for ms, count, key in rows[:40]]}  # fmt: skip
+
+
+def main(cases_file: str, out: str) -> None:
+    if CUDA:
+        torch.cuda.set_device(DEVICE)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if CUDA else "gloo", **({"device_id": DEVICE} if CUDA else {}))
+    peak = Peak()
+    peak.start()
+    for case in json.loads(Path(cases_file).read_text()):
+        try:
+            result = run_case(case, peak)
+        except torch.OutOfMemoryError as error:
+            result = {"name": case["name"], "rank": RANK, "error": str(error)[:300]}
+        with open(out, "a") as file:
+            file.write(json.dumps(result) + "\n")
+        if RANK == 0:
+            print(json.dumps({k: v for k, v in result.items() if k != "profile"}), flush=True)
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+        if case.get("reset", True):
+            torch._dynamo.reset()
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])
