@@ -13,21 +13,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-T0 = float(os.environ.get("T0", time.time()))
-
 import torch
 import torch.distributed as dist
+from gpu_shapes import random_packed, train_config
 from torch.distributed.device_mesh import init_device_mesh
 
-from gpu_shapes import random_packed, train_config
 from qlora_trainer.loader import ensure_packed
 from qlora_trainer.model import TrainableModel, build_model
 from qlora_trainer.optim import Optimizer
 from qlora_trainer.quant import Scheme
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+T0 = float(os.environ["T0"])
+RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if CUDA else torch.device("cpu")
 GIB = 2**30
 
 
@@ -86,6 +85,9 @@ def run_case(case: dict[str, Any], peak: Peak) -> dict[str, Any]:
     mesh = init_device_mesh(DEVICE.type, (WORLD_SIZE,)) if WORLD_SIZE > 1 or case.get("mesh") else None
     model = build_model(config, packed, mesh, DEVICE, case["micro_batch"])
     synchronize()
+    plan = model.plan
+    result |= {"plan_gib": round(plan.gpu_bytes / GIB, 3), "sharding": plan.sharding, "recomputed": plan.recomputed_layers,
+               "plan": {k: round(v / GIB, 3) for k, v in plan.gpu.items()}}  # fmt: skip
     result |= {"load_s": round(time.time() - begun, 2), "host_gib": round(peak.gib, 2)}
     if CUDA:
         result["load_peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
@@ -116,7 +118,7 @@ def run_case(case: dict[str, Any], peak: Peak) -> dict[str, Any]:
     if CUDA:
         result["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
         result["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
-    if case.get("profile") and RANK == 0 or case.get("profile") and WORLD_SIZE > 1:
+    if case.get("profile"):
         result["profile"] = profile(lambda: step(model, optimizer, case, 999))
     return result
 
@@ -138,7 +140,25 @@ def profile(run: Any) -> dict[str, Any]:
         reverse=True,
     )
     return {"wall_s": round(wall, 4), "kernels": sum(r[1] for r in rows), "kernel_ms": round(sum(r[0] for r in rows), 1),
-            "top": [(round(ms, 2), count, key) for ms, count, key in rows[:40]]}  # fmt: skip
+            "top": [(round(ms, 2), count, key) for ms, count, key in rows[:40]], **gaps(profiler)}  # fmt: skip
+
+
+def gaps(profiler: Any) -> dict[str, Any]:
+    """Where the GPU does nothing: all idle ms between kernels, and the longest pauses with the kernels around them."""
+    spans = sorted(
+        (e.time_range.start, e.time_range.end, e.name[:60])
+        for e in profiler.events()
+        if e.device_type.name == "CUDA"
+        and not e.name.startswith(("FSDP", "nccl:", "Torch-Compiled", "##", "Profiler", "FullySh"))
+    )
+    pauses, end, before = [], spans[0][1], spans[0][2]
+    for start, stop, name in spans[1:]:
+        if start > end:
+            pauses.append(((start - end) / 1e3, before, name, round((start - spans[0][0]) / 1e3, 1)))
+        if stop > end:
+            end, before = stop, name
+    return {"idle_ms": round(sum(p[0] for p in pauses), 2), "span_ms": round((end - spans[0][0]) / 1e3, 1),
+            "pauses": sorted(pauses, reverse=True)[:15]}  # fmt: skip
 
 
 def main(cases_file: str, out: str) -> None:

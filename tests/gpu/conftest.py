@@ -1,5 +1,10 @@
-"""Worlds of worker processes on GPUs."""
+"""These tests need CUDA; without it they fail, they are never skipped."""
 
-from tests.worlds import data_file, make_model, make_world, model_dir
+import pytest
+import torch
 
-__all__ = ["data_file", "make_model", "make_world", "model_dir"]
+
+@pytest.fixture(autouse=True, scope="session")
+def gpu() -> torch.device:
+    assert torch.cuda.is_available(), "tests/gpu needs a CUDA GPU: run it on a machine that has one"
+    return torch.device("cuda", 0)

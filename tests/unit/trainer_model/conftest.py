@@ -63,7 +63,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             config = AutoConfig.for_model(family.split("-")[0], **{**SIZES, **FAMILIES[family]})
             made[family] = tmp_path_factory.mktemp(family)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            for name, parameter in model.named_parameters():  # biases and norms differ from their neutral values
+            for parameter in model.parameters():  # biases and norms differ from their neutral values
                 if parameter.ndim == 1:
                     parameter.data += 0.1 * torch.randn_like(parameter)
             model.save_pretrained(made[family])

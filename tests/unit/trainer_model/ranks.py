@@ -1,4 +1,4 @@
-"""One rank of a group, run as a script by test_sharding.py: for every configuration two steps, an evaluation, a check."""
+"""One rank of a group, run as a script by test_sharding.py: two steps and an evaluation a configuration."""
 
 import sys
 from pathlib import Path

@@ -77,7 +77,10 @@ def test_peft_over_bitsandbytes_agrees(dora, checkpoint, config_of, cache):
     model = build(config, checkpoint(), cache)
     fill_b(model)
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
     )
     base = AutoModelForCausalLM.from_pretrained(checkpoint(), quantization_config=quantization, dtype=torch.float32)
     lora = LoraConfig(
@@ -206,7 +209,15 @@ def test_wrong_models_are_refused(checkpoint, config_of, cache, tmp_path):
 
 
 def test_names():
-    names = ["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    names = [
+        "attn.q_proj",
+        "attn.k_proj",
+        "attn.v_proj",
+        "attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ]
     assert group_linears(names) == [tuple(names[:3]), (names[3],), tuple(names[4:6]), (names[6],)]
     assert is_target("model.layers.0.mlp.up_proj", ["up_proj"])
     assert not is_target("model.layers.0.mlp.up_proj", ["p_proj"])

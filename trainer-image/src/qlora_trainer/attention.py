@@ -1,8 +1,8 @@
 """Attention over packed samples on GPUs: flash attention with sequence boundaries instead of a mask.
 
 Rules: registered with transformers as one more attention function, so that every model that goes through its interface
-can use it; without packed samples it is PyTorch's own choice (cuDNN on Hopper). Models that cap scores or look back less
-far than a sequence is long keep transformers' masks.
+can use it; without packed samples it is PyTorch's own choice (cuDNN on Hopper). Models that cap scores, or look back
+less far than a sequence is long, keep transformers' masks.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ def pick_attention(hf_config: Any, max_length: int, device: torch.device) -> str
 def sequence_bounds(position_ids: Tensor) -> Tensor:
     """Start of every packed sample in the flattened batch, then the total, int32; position_ids on the CPU.
 
-    Repeats the total up to a power of two plus one: few different shapes, so few compilations; empty samples cost nothing.
+    Repeats the total up to a power of two plus one: few shapes, so few compilations; empty samples cost nothing.
     """
     starts = torch.nonzero(position_ids.reshape(-1) == 0).view(-1)
     total = position_ids.numel()

@@ -1,7 +1,7 @@
 """Triton kernels: dequantization bit-identical to bitsandbytes, and dropout whose mask is a function of its seeds.
 
-Rules: products and sums of scales are rounded one by one (no fused multiply-add), as in bitsandbytes' two kernels; sizes
-need not be multiples of anything.
+Rules: products and sums of scales are rounded one by one (no fused multiply-add), as in bitsandbytes' two kernels;
+sizes need not be multiples of anything.
 """
 
 import torch

@@ -81,7 +81,7 @@ def ensure_packed(config: TrainConfig, model_dir: Path, cache_dir: Path, device:
     spec = config.spec
     quantization = spec.quantization
     scheme = Scheme(quantization.type, quantization.double_quant, FP_TYPES[quantization.storage_dtype])
-    digest = digest_of(model_dir, scheme)
+    digest = digest_of(model_dir, scheme, device.type)
     folder = cache_dir / "packed" / digest
     if not _is_complete(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,12 +128,13 @@ def _is_complete(folder: Path) -> bool:
     return not torn
 
 
-def digest_of(model_dir: Path, scheme: Scheme) -> str:
-    """Key of the packed folder: the scheme, config.json, and of every weight file its size, header and 16 samples.
+def digest_of(model_dir: Path, scheme: Scheme, device_type: str) -> str:
+    """Key of the packed folder: the scheme, the kind of device, config.json, and of every file size, header, 16 samples.
 
-    Hashing all of a 140 GB model would take minutes at every start; two models that agree in all of this are the same.
+    The kind of device, because bitsandbytes rounds ties differently on CPU and GPU. Samples, because hashing all of a
+    140 GB model would take minutes at every start; two models that agree in all of this are the same.
     """
-    state = hashlib.sha256(f"{FORMAT} {scheme.type} {scheme.double} {scheme.dtype}".encode())
+    state = hashlib.sha256(f"{FORMAT} {scheme.type} {scheme.double} {scheme.dtype} {device_type}".encode())
     state.update((model_dir / "config.json").read_bytes())
     for path in weight_files(model_dir):
         size = path.stat().st_size
@@ -231,9 +232,7 @@ class _Builder:
         _replace(self._folder / f"{name}.json", json.dumps(asdict(layer)).encode())
 
     def _write_rest(self) -> None:
-        packed = {
-            f"{self._prefix}.{i}.{name}.weight" for i, linears in enumerate(self._linears) for name in linears
-        }
+        packed = {f"{self._prefix}.{i}.{name}.weight" for i, linears in enumerate(self._linears) for name in linears}
         rest = {}
         for name in _rest_names(self._skeleton, packed):
             if name in self._weights or not _is_tied(self._skeleton, name):
@@ -267,7 +266,11 @@ def _is_tied(skeleton: nn.Module, name: str) -> bool:
     """Whether the parameter repeats another one (the head of a model with tied embeddings)."""
     head = skeleton.get_output_embeddings()
     tied = bool(getattr(skeleton.config, "tie_word_embeddings", False))
-    return tied and head is not None and any(name.endswith(f"{n}.weight") for n, m in skeleton.named_modules() if m is head)
+    return (
+        tied
+        and head is not None
+        and any(name.endswith(f"{n}.weight") for n, m in skeleton.named_modules() if m is head)
+    )
 
 
 def _layer_from_json(layer: dict[str, Any]) -> PackedLayer:

@@ -2,7 +2,7 @@
 
 Rules: masters and gradients are float32 and lie in one buffer each (all A, then all B, then DoRA's magnitudes), so that
 one copy refreshes the working copies and one all-reduce sums the gradients; every initial value is a function of
-(seed, name). Linears that share an input are one `Group`: whichever of them is called first computes the product of all.
+(seed, name). Linears that share an input are one `Group`: the first of them to be called computes the product of all.
 """
 
 import hashlib

@@ -38,7 +38,14 @@ def token_losses(logits: Tensor, labels: Tensor, cap: float, scale: float) -> tu
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cap: float, scale: float, inner: Any
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        cap: float,
+        scale: float,
+        inner: Any,
     ) -> Tensor:
         wants_grad = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if wants_grad else hidden.new_empty(0)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
+from qlora_api.memory import Plan
+from qlora_api.memory import plan as make_plan
 from qlora_api.run import TrainConfig
 from qlora_api.types import LoraSpec
 from qlora_trainer import ops
@@ -27,9 +29,8 @@ from qlora_trainer.lora import Adapter, DoraLinear, Group, GroupPlan, LayerState
 from qlora_trainer.loss import IGNORED, chunked_loss, token_losses
 from qlora_trainer.ops import GroupSpec, weight_of
 from qlora_trainer.quant import ALIGNMENT, FP_TYPES, fingerprint
-from qlora_trainer.sharding import Strategy, layer_bytes, packed_parameter, shard_layer, shard_root
+from qlora_trainer.sharding import layer_bytes, packed_parameter, shard_layer, shard_root
 from qlora_trainer.skeleton import build_skeleton, decoder_layers, group_linears, is_target
-
 
 ENV_COMPILE = "QLORA_COMPILE"  # "0" or "1": overrides whether the layers are compiled
 
@@ -42,9 +43,16 @@ class TrainableModel:
     """
 
     def __init__(
-        self, hf_model: nn.Module, packed: PackedModel, adapter: Adapter, config: TrainConfig, device: torch.device
+        self,
+        hf_model: nn.Module,
+        packed: PackedModel,
+        adapter: Adapter,
+        config: TrainConfig,
+        device: torch.device,
+        plan: Plan,
     ) -> None:
         self.hf_model, self.packed, self.adapter, self.config, self.device = hf_model, packed, adapter, config, device
+        self.plan = plan
         self.layers = decoder_layers(hf_model)[1]
         self.sharded = False
         self._step_seed = 0
@@ -83,7 +91,9 @@ class TrainableModel:
         self._step_seed = int.from_bytes(digest, "little")
         self._seeds[:, 0] = self._step_seed
 
-    def loss(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, num_tokens: float | Tensor) -> Tensor:
+    def loss(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, num_tokens: float | Tensor
+    ) -> Tensor:
         """Summed cross-entropy of this micro batch over `num_tokens`, a float32 scalar.
 
         input_ids, labels, position_ids: (batch, length) int64; labels unshifted, -100 is ignored. Positions that
@@ -130,7 +140,9 @@ class TrainableModel:
             if found == packed.fingerprint:
                 continue
             on_disk = discard_damaged(self.packed, index)
-            where = "on this node's disk (removed: the next start builds it anew)" if on_disk else "between disk and GPU"
+            where = (
+                "on this node's disk (removed: the next start builds it anew)" if on_disk else "between disk and GPU"
+            )
             raise CorruptBase(
                 f"decoder layer {index}: checksum {found} of the gathered bytes is not {packed.fingerprint};"
                 f" damaged {where}. Not trained on: restart, and avoid this node if it repeats"
@@ -171,9 +183,9 @@ def build_model(
     groups = [Group(plan, tables, dtype, states[plan.layer], dora) for plan in _plan_groups(spec.lora, packed)]
     _replace_linears(layers, groups, dora)
     adapter = Adapter(groups, device, dtype, spec.training.seed, spec.lora.freeze_a, dora)
-    strategy, offload = _strategy(config, mesh), spec.training.cpu_offload
+    plan = plan_for(config, packed.hf_config, mesh, device, micro_batch)
+    strategy, offload, recomputed = plan.sharding, spec.training.cpu_offload, plan.recomputed_layers
     compiles = _compiles(device)
-    recomputed = len(layers) if spec.training.gradient_checkpointing == "full" else 0
     for index, layer in enumerate(layers):
         sharded = mesh is not None and strategy != "NO_SHARD"
         rank, size = (mesh.get_local_rank(), mesh.size()) if sharded and mesh is not None else (0, 1)
@@ -182,7 +194,7 @@ def build_model(
             assert mesh is not None
             shard_layer(layer, mesh, strategy, offload, pin_memory=device.type == "cuda")
         layer.forward = partial(_run_layer, _forwards(layer, compiles), layer, states[index], index < recomputed)
-    model = TrainableModel(hf_model, packed, adapter, config, device)
+    model = TrainableModel(hf_model, packed, adapter, config, device, plan)
     if mesh is not None and strategy != "NO_SHARD":
         shard_root(hf_model, layers, mesh)
         model.sharded = True
@@ -307,11 +319,16 @@ def _load_bytes(packed: PackedModel, index: int, rank: int, size: int, device: t
     return data_bytes
 
 
-def _strategy(config: TrainConfig, mesh: DeviceMesh | None) -> Strategy:
-    wanted = config.spec.training.sharding_strategy
-    if mesh is None or (mesh.size() == 1 and not config.spec.training.cpu_offload):
-        return "NO_SHARD"
-    return "FULL_SHARD" if wanted == "auto" else wanted
+def plan_for(
+    config: TrainConfig, hf_config: Any, mesh: DeviceMesh | None, device: torch.device, micro_batch: int | None = None
+) -> Plan:
+    """The memory plan on this device. Raises BadConfig when config.json cannot be planned for."""
+    gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    world_size = 1 if mesh is None else mesh.size()
+    try:
+        return make_plan(config.spec, hf_config.to_dict(), gpu_bytes, world_size, micro_batch)
+    except ValueError as error:
+        raise BadConfig(str(error)) from error
 
 
 def _measure_magnitudes(model: TrainableModel) -> None:

@@ -5,7 +5,7 @@ dequantized in the forward and again in the backward pass and is never kept. The
 in the compute type for the products, `a_master`, `b_master` (float32) to receive the gradients.
 
 Shapes: x (..., columns); W of the members stacked, (sum of rows, columns); A of the members with an adapter stacked,
-(adapters * rank, columns); B likewise, (sum of their rows, rank). `xa` = scale * drop(x) A^T, (tokens, adapters * rank).
+(adapters * rank, columns); B likewise, (sum of their rows, rank); `xa` = scale * drop(x) A^T, (tokens, adapters * rank).
 """
 
 from dataclasses import dataclass

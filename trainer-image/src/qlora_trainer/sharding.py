@@ -1,7 +1,7 @@
 """A decoder layer's packed bytes as one FSDP2-sharded parameter.
 
-Rules: the bytes travel as uint8 through FSDP2's tensor-subclass hooks. Viewed as bfloat16 they come back damaged on CUDA
-(NaN patterns are canonicalized on the way in: bitsandbytes#1945, pytorch#159333), and a plain uint8 parameter is
+Rules: the bytes travel as integers through FSDP2's tensor-subclass hooks. Viewed as bfloat16 they come back damaged on
+CUDA (NaN patterns are canonicalized on the way in: bitsandbytes#1945, pytorch#159333), and a plain uint8 parameter is
 refused; so `PackedBytes` wears a floating type outside and hands over its bytes.
 """
 
@@ -62,7 +62,12 @@ class PackedBytes(torch.Tensor):
         return pytree.tree_map_only(torch.Tensor, _wrap, result)
 
     def fsdp_pre_all_gather(
-        self, mesh: DeviceMesh, outer_size: Any = None, outer_stride: Any = None, module: Any = None, mp_policy: Any = None
+        self,
+        mesh: DeviceMesh,
+        outer_size: Any = None,
+        outer_stride: Any = None,
+        module: Any = None,
+        mp_policy: Any = None,
     ) -> tuple[tuple[Tensor, ...], None]:
         """What FSDP2 gathers: the bytes, eight in a word (they copy four times faster than one by one)."""
         return (self.data_bytes.view(torch.int64),), None
