@@ -118,8 +118,9 @@ class Cluster:
             case CreatePod(_, body):
                 query = {"fieldManager": names.FIELD_MANAGER}
                 await self._kube.request("POST", f"{core}/pods", query=query, body=body)
-            case DeletePod(name, uid):
-                await self._kube.request("DELETE", f"{core}/pods/{name}", body=_precondition(uid))
+            case DeletePod(name, uid, force):
+                body = {**_precondition(uid), **({"gracePeriodSeconds": 0} if force else {})}
+                await self._kube.request("DELETE", f"{core}/pods/{name}", body=body)
             case DeleteRun(uid):
                 body = {**_precondition(uid), "propagationPolicy": "Background"}
                 await self._kube.request("DELETE", _run_path(key), body=body)

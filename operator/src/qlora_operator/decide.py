@@ -32,10 +32,10 @@ SOONEST = 0.05
 def decide(observed: Observed, settings: Settings, ca_bundle: str = "") -> Decision:
     """What to write, tell and do now. The same observation gives the same decision."""
     if is_over(observed.status):
-        return _finish(observed, _wind_down(observed), settings)
+        return _finish(observed, _wind_down(observed, settings), settings)
     o = replace(observed, status=_see(observed))
     if end := endings.find(o, settings):
-        decision = _end(o, end)
+        decision = _end(o, end, settings)
     elif o.run.spec.suspend:
         decision = _suspend(o, settings)
     else:
@@ -69,14 +69,14 @@ def _train(o: Observed, settings: Settings, ca_bundle: str) -> Decision:
     for group in failure.incidents(placement.endings):
         status, end, event = _account(o, status, group)
         if end is not None:
-            return _end(replace(o, status=status), end)
+            return _end(replace(o, status=status), end, settings)
         events += event
     o = replace(o, status=status)
     plan = membership.plan(agents.view_of(o, placement.slots, settings))
     ends = agents.ends_of_generation(o, placement.slots, settings)
     judged, end, event = _account(o, status, ends)
     if end is not None:
-        return _end(replace(o, status=judged), end)
+        return _end(replace(o, status=judged), end, settings)
     if plan.phase == Phase.PUBLISHED:
         status, events = judged, [*events, *event]
         status = status.model_copy(update={"generation": plan.generation, "members": list(plan.members)})
@@ -84,7 +84,7 @@ def _train(o: Observed, settings: Settings, ca_bundle: str) -> Decision:
     answer = _answer(status, plan.prepare, Command.RUN)
     times = [*_times(o, plan, settings), *endings.deadlines(o)]
     times += [placement.recheck] if placement.recheck is not None else []
-    actions = (*slots.superseded(o, placement.slots), *_creations(o, status, settings, ca_bundle))
+    actions = (*slots.superseded(o, placement.slots, settings), *_creations(o, status, settings, ca_bundle))
     return Decision(status, answer, actions, tuple(events), min(times, default=settings.resync_seconds))
 
 
@@ -180,7 +180,7 @@ def _suspend(o: Observed, settings: Settings) -> Decision:
         message = f"{len(saving)} pods stop at a step boundary and save"
         status = put(status, ConditionType.SUSPENDED, None, Reason.SUSPENDING, message, o.now)
         answer = _answer(status, status.generation, Command.STOP)
-        unwanted = slots.superseded(o, status.slots)
+        unwanted = slots.superseded(o, status.slots, settings)
         return Decision(status, answer, unwanted, (), min(left, settings.drop_seconds))
     message = "spec.suspend is true; set it to false to go on from the newest checkpoint"
     nodes = {"nodes": Nodes(), "nodes_summary": "0/0", "slots": slots.release(o)}
@@ -188,7 +188,7 @@ def _suspend(o: Observed, settings: Settings) -> Decision:
     status = put(status, ConditionType.RUNNING, False, Reason.SUSPENDED, message, o.now)
     status = put(status, ConditionType.SUSPENDED, True, Reason.SUSPENDED, message, o.now)
     answer = _answer(status, status.generation, Command.STOP)
-    return Decision(status, answer, slots.superseded(o, []), (), settings.resync_seconds)
+    return Decision(status, answer, slots.superseded(o, [], settings), (), settings.resync_seconds)
 
 
 def _is_saving(o: Observed, pod: Pod, settings: Settings) -> bool:
@@ -202,17 +202,17 @@ def _is_saving(o: Observed, pod: Pod, settings: Settings) -> bool:
     return agent.report.generation > 0 and not stopped
 
 
-def _end(o: Observed, end: RunEnd) -> Decision:
+def _end(o: Observed, end: RunEnd, settings: Settings) -> Decision:
     """Record the ending and let the pods go."""
     status = put(o.status, ConditionType.RUNNING, False, end.reason, end.message, o.now)
     status = put(status, end.condition, True, end.reason, end.message, o.now)
     final = {"completion_time": o.now, "artifacts": agents.artifacts(o) or status.artifacts}
-    return _wind_down(replace(o, status=status.model_copy(update=final)))
+    return _wind_down(replace(o, status=status.model_copy(update=final)), settings)
 
 
-def _wind_down(o: Observed) -> Decision:
+def _wind_down(o: Observed, settings: Settings) -> Decision:
     """No pod is wanted any more; the resource goes when its time to live is over."""
-    actions: tuple[Action, ...] = slots.superseded(o, [])
+    actions: tuple[Action, ...] = slots.superseded(o, [], settings)
     requeue, ttl = float("inf"), o.run.spec.ttl_seconds_after_finished
     if ttl is not None and o.status.completion_time is not None:
         requeue = (o.status.completion_time + timedelta(seconds=ttl) - o.now).total_seconds()

@@ -37,8 +37,9 @@ def parse_pod(raw: Json, now: datetime, mount_messages: tuple[str, ...] = ()) ->
         index=int(labels.get(names.LABEL_INDEX, -1)),
         incarnation=int(labels.get(names.LABEL_INCARNATION, -1)),
         phase=status.get("phase", "Pending"),
-        age=(now - datetime.fromisoformat(metadata["creationTimestamp"])).total_seconds(),
+        age=_seconds_since(metadata["creationTimestamp"], now),
         deleting="deletionTimestamp" in metadata,
+        overdue=_seconds_since(metadata["deletionTimestamp"], now) if "deletionTimestamp" in metadata else 0.0,
         node=spec.get("nodeName", ""),
         ended=exit_ is not None and "running" not in state,
         restarts=container.get("restartCount", 0) + ("terminated" in state),
@@ -67,6 +68,10 @@ def parse_exit(container: Json) -> Exit | None:
     except ValidationError:
         termination = None
     return Exit(ended.get("exitCode", 0), ended.get("reason", ""), termination, "" if termination else message)
+
+
+def _seconds_since(moment: str, now: datetime) -> float:
+    return (now - datetime.fromisoformat(moment)).total_seconds()
 
 
 def _container(status: Json) -> Json:

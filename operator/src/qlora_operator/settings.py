@@ -35,6 +35,7 @@ class Settings:
     drop_seconds: float = 1.0  # the same once its connection broke
     fresh_seconds: float = 1.6  # a standing agent must have reported within this to be published
     silent_seconds: float = 10.0  # its pod is replaced
+    force_delete_seconds: float = 0.0  # past its grace, a pod stuck in Terminating is removed by force; 0: never
     settle_seconds: float = 0.3  # between preparing and publishing
     start_wait_seconds: float = 10.0  # at a fresh start: for the nodes beyond minNodes
     prepare_timeout_seconds: float = 120.0  # a member that does not stand by then has its pod replaced

@@ -68,11 +68,15 @@ def missing(o: Observed, slots: list[Slot]) -> list[Slot]:
     return [slot for slot in slots if slot.index < o.run.spec.elastic_policy.max_nodes and _pod_of(o, slot) is None]
 
 
-def superseded(o: Observed, slots: list[Slot]) -> tuple[DeletePod, ...]:
-    """Deletions of all pods that hold no wanted place."""
+def superseded(o: Observed, slots: list[Slot], settings: Settings) -> tuple[DeletePod, ...]:
+    """Deletions of all pods that hold no wanted place; by force only where the settings allow it."""
     held = {(slot.index, slot.incarnation) for slot in slots if slot.index < o.run.spec.elastic_policy.max_nodes}
-    return tuple(
-        DeletePod(pod.name, pod.uid) for pod in o.pods if (pod.index, pod.incarnation) not in held and not pod.deleting
+    unwanted = [pod for pod in o.pods if (pod.index, pod.incarnation) not in held]
+    patience = settings.force_delete_seconds
+    stuck = [pod for pod in unwanted if pod.deleting and 0 < patience <= pod.overdue]
+    return (
+        *(DeletePod(pod.name, pod.uid) for pod in unwanted if not pod.deleting),
+        *(DeletePod(pod.name, pod.uid, force=True) for pod in stuck),
     )
 
 

@@ -73,6 +73,7 @@ class Pod:
     phase: Literal["Pending", "Running", "Succeeded", "Failed", "Unknown"] = "Pending"
     age: float = 0.0
     deleting: bool = False
+    overdue: float = 0.0  # since it should have been gone
     node: str = ""
     ended: bool = False  # its container is not running now though it was
     restarts: int = 0  # how often its container ended
@@ -160,10 +161,11 @@ class CreatePod:
 
 @dataclass(frozen=True)
 class DeletePod:
-    """Delete this very pod (uid precondition)."""
+    """Delete this very pod (uid precondition); by force: without the word of its kubelet."""
 
     name: str
     uid: str
+    force: bool = False
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,15 @@ def test_a_stuck_terminating_pod_does_not_block_its_replacement() -> None:
     assert decision.actions == () and decision.status.restarts.disruptions == 0
 
 
+def test_a_pod_is_removed_by_force_only_where_that_was_asked_for() -> None:
+    dead = replace(P0, deleting=True, overdue=31.0)
+    status = training(P1, slots=[Slot(index=0, incarnation=1), Slot(index=1)])
+    o = observed([dead, pod(0, 1), P1], [running(P1)], status)
+    assert decide(o, SETTINGS).actions == ()
+    forceful = replace(SETTINGS, force_delete_seconds=30.0)
+    assert decide(o, forceful).actions == (DeletePod("r-0-0", dead.uid, force=True),)
+
+
 def test_a_failure_counts_in_the_write_that_publishes_the_next_generation() -> None:
     failed = agent(P0, AgentState.READY, 1, termination=ended(ExitCode.INTERNAL, rank=0))
     waiting = agent(P1, AgentState.READY, 1)
