@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from qlora_api import names
 from qlora_api.run import SYNC_PATH, Membership, Report
+from qlora_operator.clock import AttentiveClock
 from qlora_operator.settings import Settings
 from qlora_operator.state import Heard, Key, PodIdentity
 from qlora_operator.table import RunTable, is_newer, stop_answer
@@ -38,20 +39,22 @@ class Coordinator:
         self._gone: set[Key] = set()
         self._news: dict[Key, asyncio.Event] = {}
         self._tokens: dict[bytes, tuple[float, PodIdentity | None]] = {}
+        self._clock = AttentiveClock()
+        self._ticker: asyncio.Task[None] | None = None
         self.ready = False
 
     # What the reconciler uses.
 
     def heard(self, key: Key) -> Heard:
         """What the run's agents said, with ages as of now."""
-        return self._table(key).heard(time.monotonic())
+        return self._table(key).heard(self._clock.now())
 
     def publish(self, key: Key, answer: Membership, pod_uids: Iterable[str]) -> None:
         """Tell the run's agents; `pod_uids` are the pods that exist."""
         table = self._table(key)
         self._gone.discard(key)
-        table.keep(pod_uids, time.monotonic())
-        if table.publish(answer, time.monotonic()):
+        table.keep(pod_uids, self._clock.now())
+        if table.publish(answer, self._clock.now()):
             self._announce(key)
 
     def forget(self, key: Key) -> None:
@@ -63,6 +66,11 @@ class Coordinator:
     def tables(self) -> dict[Key, RunTable]:
         """For metrics."""
         return self._tables
+
+    def close(self) -> None:
+        """Stop the clock."""
+        if self._ticker is not None:
+            self._ticker.cancel()
 
     # The web application.
 
@@ -90,13 +98,13 @@ class Coordinator:
         except ValidationError as error:
             raise web.HTTPBadRequest(text=f"not a Report: {error}") from error
         table = self._table(key)
-        is_news = table.receive(pod, report, time.monotonic())
+        is_news = table.receive(pod, report, self._clock.now())
         if is_news or table.answer is None:
             self._wake(key)
         try:
             answer = await self._wait_for_news(key, report)
         except asyncio.CancelledError:
-            table.drop(pod, time.monotonic())
+            table.drop(pod, self._clock.now())
             self._wake(key)
             raise
         if answer is None:
@@ -147,7 +155,9 @@ class Coordinator:
         return pod
 
     def _table(self, key: Key) -> RunTable:
-        return self._tables.setdefault(key, RunTable(known_since=time.monotonic()))
+        if self._ticker is None:
+            self._ticker = asyncio.get_running_loop().create_task(self._clock.tick(), name="clock")
+        return self._tables.setdefault(key, RunTable(known_since=self._clock.now()))
 
     def _event(self, key: Key) -> asyncio.Event:
         return self._news.setdefault(key, asyncio.Event())

@@ -68,6 +68,7 @@ class Reconciler:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self.coordinator.close()
 
     async def reconcile(self, key: Key) -> float | None:
         """One pass. Seconds until the next at the latest, or None when the run is gone."""
