@@ -18,7 +18,7 @@ from qlora_trainer.train import work
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-PRELOAD = ["qlora_trainer.train", "torch._dynamo", "accelerate", "bitsandbytes", "peft", "matplotlib.figure"]
+PRELOAD = ["qlora_trainer.preload"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -51,13 +51,14 @@ class WorkerEnv:
             run_dir=Path(env.get(ENV_RUN_DIR, RUN_DIR)),
             cache_dir=Path(env.get(ENV_CACHE_DIR, CACHE_DIR)),
             secrets_dir=Path(env.get(ENV_SECRETS_DIR, SECRETS_DIR)),
-            device_type=env.get(ENV_DEVICE) or _default_device(),
+            device_type=env.get(ENV_DEVICE) or ("cuda" if has_gpu() else "cpu"),
             trace=env.get(ENV_TRACE, "") not in ("", "0"),
         )
 
 
-def _default_device() -> str:
-    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+def has_gpu() -> bool:
+    """Whether this container has an NVIDIA GPU; asks neither driver nor torch."""
+    return Path("/dev/nvidiactl").exists()
 
 
 class Control(ApiModel):

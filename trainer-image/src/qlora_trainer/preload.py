@@ -8,14 +8,19 @@ import gc
 import importlib
 import os
 
+import torch
+
+from qlora_trainer.control import has_gpu
 from qlora_trainer.workers import DEFAULT_WORKER, ENV_WORKER, die_with_parent
 
 die_with_parent()
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # is_available() without a CUDA context
 
 _OURS = ("qlora_trainer.pod_agent", os.environ.get(ENV_WORKER, DEFAULT_WORKER).partition(":")[0])
-_LATE = ("torch._dynamo", "transformers", "peft", "bitsandbytes", "accelerate", "matplotlib.figure")  # imported in use
-for _name in (*_OURS, *_LATE):
+_LATE = ("torch._dynamo", "transformers", "accelerate", "matplotlib.figure")  # imported in use
+_CPU_ONLY = ("peft", "bitsandbytes")  # where there is a GPU, bitsandbytes asks it for its capability: a CUDA context
+for _name in (*_OURS, *_LATE, *(() if has_gpu() else _CPU_ONLY)):
     importlib.import_module(_name)
+assert not torch.cuda.is_initialized(), "a preloaded module made a CUDA context: forked workers could not use the GPU"
 gc.collect()
 gc.freeze()  # a collection in a forked process would touch, and so copy, every page of what is shared
