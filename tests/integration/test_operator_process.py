@@ -1,5 +1,7 @@
 """The operator as users run it, a process of its own, against a real API server; agents speak the real protocol."""
 
+import asyncio
+import signal
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -80,4 +82,17 @@ async def test_training_outlives_the_operator(stage: Stage) -> None:
     step = world.training.step
     operator.start()
     later = await runs.reaches("three", lambda s: s.progress.step > step + 5)
+    assert later.generation == 1 and later.restarts.disruptions == 0
+
+
+async def test_a_stalled_operator_takes_nobody_for_dead(stage: Stage) -> None:
+    runs, world, operator = stage
+    await runs.create("four", elasticPolicy={"minNodes": 2, "maxNodes": 2})
+    await runs.reaches("four", lambda s: s.generation == 1 and s.progress.step > 3)
+    assert operator.process is not None
+    operator.process.send_signal(signal.SIGSTOP)
+    await asyncio.sleep(8)  # more than two leases
+    operator.process.send_signal(signal.SIGCONT)
+    step = world.training.step
+    later = await runs.reaches("four", lambda s: s.progress.step > step + 5)
     assert later.generation == 1 and later.restarts.disruptions == 0
