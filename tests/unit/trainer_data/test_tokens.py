@@ -29,7 +29,7 @@ def spec(**fields: Any) -> DatasetSpec:
 def encode(tokenizer: Any, row: dict[str, Any], **fields: Any) -> tuple[str, str]:
     """(whole text, text that is trained on) of one row."""
     row_ = Row("data.jsonl:1", row)
-    ids, mask = build_encoder(spec(**fields), tokenizer, row_)(row_)
+    [(ids, mask)] = build_encoder(spec(**fields), tokenizer, row_)([row_])
     assert len(ids) == len(mask)
     return tokenizer.decode(ids), tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
 

@@ -8,9 +8,10 @@ than maxLength are cut; samples without a token to train on are left out and cou
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from qlora_trainer.control import WorkerEnv
 from qlora_trainer.errors import BadData
 from qlora_trainer.rows import Row, read_rows
 from qlora_trainer.sources import Source
-from qlora_trainer.tokens import Encoder, build_encoder
+from qlora_trainer.tokens import Encoder, Tokens, build_encoder
 
 FORMAT = 2  # raise it when the tokens of the same rows change
+_BATCH = 256  # rows
 
 
 @dataclass(frozen=True)
@@ -89,17 +91,16 @@ def _open(folder: Path) -> SampleSet:
     return SampleSet(ids, mask, offsets, targets, meta)
 
 
-def _write(folder: Path, rows: Iterable[Row], encoder_for: Any, max_length: int, what: str) -> None:
+def _write(
+    folder: Path, rows: Iterable[Row], encoder_for: Callable[[Row], Encoder], max_length: int, what: str
+) -> None:
     """Encode all rows into a temporary folder, then rename it."""
     temporary = folder.with_suffix(".part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    encode: Encoder | None = None
     offsets, targets, num_rows, cut, masked = [0], list[int](), 0, 0, 0
     with (temporary / "ids").open("wb") as ids_file, (temporary / "mask").open("wb") as mask_file:
-        for row in rows:
-            encode = encode or encoder_for(row)
-            ids, mask = encode(row)
+        for ids, mask in _encoded(rows, encoder_for):
             num_rows += 1
             if not any(mask[1:max_length]):
                 masked += 1
@@ -116,6 +117,14 @@ def _write(folder: Path, rows: Iterable[Row], encoder_for: Any, max_length: int,
     (temporary / "meta.json").write_text(json.dumps(asdict(meta)))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def _encoded(rows: Iterable[Row], encoder_for: Callable[[Row], Encoder]) -> Iterator[Tokens]:
+    encode: Encoder | None = None
+    rows = iter(rows)
+    while batch := list(islice(rows, _BATCH)):
+        encode = encode or encoder_for(batch[0])
+        yield from encode(batch)
 
 
 def _require_samples(num_rows: int, num_samples: int, what: str) -> None:

@@ -17,7 +17,7 @@ from qlora_trainer.errors import BadConfig, BadData, BadModel
 from qlora_trainer.rows import Row
 
 Tokens = tuple[list[int], list[int]]  # ids and, for each, 1 where it is trained on
-Encoder = Callable[[Row], Tokens]
+Encoder = Callable[[list[Row]], list[Tokens]]  # plain text goes through the tokenizer in batches, on all cores
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -53,14 +53,14 @@ def build_encoder(dataset: DatasetSpec, tokenizer: Any, first: Row) -> Encoder:
     if kind == "text":
         if train_on != "all":
             raise BadConfig(f"trainOn: {train_on} needs turns: format text has none; set trainOn: all")
-        return lambda row: _encode_text(row, dataset.text_field, tokenizer)
+        return lambda rows: _encode_texts(rows, dataset.text_field, tokenizer)
     if kind == "prompt-completion":
-        return lambda row: _encode_pair(row, tokenizer, train_on)
+        return lambda rows: [_encode_pair(row, tokenizer, train_on) for row in rows]
     if train_on == "completion":
         raise BadConfig("trainOn: completion needs format prompt-completion; with messages set trainOn: assistant")
     _require_template(tokenizer)
     template = _assistant_template(tokenizer) if train_on == "assistant" else None
-    return lambda row: _encode_messages(row, tokenizer, train_on, template)
+    return lambda rows: [_encode_messages(row, tokenizer, train_on, template) for row in rows]
 
 
 def _kind_of(row: Row, text_field: str) -> str:
@@ -99,9 +99,9 @@ def _with_eos(text: str, tokenizer: Any) -> str:
     return text if text.endswith(eos) else text + eos
 
 
-def _encode_text(row: Row, field: str, tokenizer: Any) -> Tokens:
-    ids = tokenizer(text=_with_eos(_field(row, field), tokenizer))["input_ids"]
-    return ids, [1] * len(ids)
+def _encode_texts(rows: list[Row], field: str, tokenizer: Any) -> list[Tokens]:
+    texts = [_with_eos(_field(row, field), tokenizer) for row in rows]
+    return [(ids, [1] * len(ids)) for ids in tokenizer(text=texts)["input_ids"]]
 
 
 def _encode_pair(row: Row, tokenizer: Any, train_on: str) -> Tokens:

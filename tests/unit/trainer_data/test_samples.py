@@ -1,0 +1,65 @@
+"""The token cache on disk: cut, masked, mapped, built once."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api.run import RunIdentity, TrainConfig
+from qlora_api.types import QLoRAFinetuneSpec
+from qlora_trainer.control import WorkerEnv
+from qlora_trainer.errors import BadData
+from qlora_trainer.samples import SampleSet, ensure_samples
+from qlora_trainer.sources import Source
+
+MODEL = Source(path=Path("/model"), files=[], digest="model")
+
+
+def build(tmp_path: Path, tokenizer: Any, rows: list[Any], digest: str = "data", **training: Any) -> SampleSet:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Source(path=tmp_path, files=["a.jsonl"], digest=digest)
+    spec = {"model": {"uri": "file:///m"}, "dataset": {"uri": "file:///d"}, "output": {"uri": "s3://bucket/x"}}
+    parsed = QLoRAFinetuneSpec.model_validate({**spec, "training": training})
+    config = TrainConfig(run=RunIdentity(namespace="n", name="r", uid="u"), spec=parsed)
+    env = WorkerEnv(0, 0, 1, 1, tmp_path, tmp_path / "cache", tmp_path, "cpu")
+    return ensure_samples(config, source, MODEL, tokenizer, env)
+
+
+def test_samples_are_cut_and_counted(tmp_path: Path, make_tokenizer: Callable[..., Any]) -> None:
+    rows = [{"prompt": "the fox", "completion": "x" * n} for n in (1, 5, 300)] + [
+        {"prompt": "y" * 99, "completion": "z"}
+    ]
+    samples = build(tmp_path, make_tokenizer(), rows, maxLength=16)
+    meta = samples.meta
+    assert (meta.num_rows, meta.num_samples, meta.num_samples_masked) == (4, 3, 1), (
+        "no completion left within 16 tokens"
+    )
+    assert samples.lengths.max() == 16 and meta.num_tokens == samples.offsets[-1] and meta.num_tokens_cut > 200
+    for i in range(3):
+        part = slice(samples.offsets[i], samples.offsets[i + 1])
+        assert samples.targets[i] == samples.mask[part][1:].sum() > 0
+
+
+def test_the_cache_is_found_again_by_its_content(tmp_path: Path, make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer()
+    first = build(tmp_path, tokenizer, [{"text": "the fox"}])
+    again = build(tmp_path, None, [], digest="data")  # neither tokenizer nor rows are needed
+    assert again.ids.tolist() == first.ids.tolist() and again.meta == first.meta
+    assert len(build(tmp_path, tokenizer, [{"text": "a"}, {"text": "b"}], digest="other")) == 2
+
+
+def test_many_rows_keep_their_order(tmp_path: Path, make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer()
+    samples = build(tmp_path, tokenizer, [{"text": f"row {i}"} for i in range(600)])
+    texts = [tokenizer.decode(samples.ids[samples.offsets[i] : samples.offsets[i + 1]]) for i in (0, 255, 256, 599)]
+    assert texts == [f"row {i}<eos>" for i in (0, 255, 256, 599)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"), [([], "the dataset is empty"), ([{"prompt": "x" * 99, "completion": "y"}], "raise maxLength")]
+)
+def test_nothing_to_train_on(tmp_path: Path, make_tokenizer: Callable[..., Any], rows: list[Any], says: str) -> None:
+    with pytest.raises(BadData, match=says):
+        build(tmp_path, make_tokenizer(), rows, maxLength=16)
