@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from qlora_api.names import Reason
 from qlora_api.run import AgentState, ExitCode
 from qlora_api.status import Artifacts, CheckpointStatus, Member, Progress, Slot
-from qlora_operator import failure
-from qlora_operator.failure import Ending
+from qlora_operator import exits
+from qlora_operator.exits import Ending
 from qlora_operator.membership import Candidate, View
 from qlora_operator.settings import Settings
 from qlora_operator.state import Agent, Observed, Pod, Refusal, Trouble
@@ -189,7 +189,7 @@ def _storage_trouble(o: Observed, pod: Pod) -> Trouble | None:
         return None
     if agent.highest > 0 or agent.report.state not in (AgentState.WARMING, AgentState.FAILED):
         return None
-    advice = failure.ADVICE[Reason.STORAGE_UNAVAILABLE]
+    advice = exits.ADVICE[Reason.STORAGE_UNAVAILABLE]
     return Trouble(Reason.STORAGE_UNAVAILABLE, f"{pod.name}: {agent.failure.message} {advice}")
 
 
@@ -234,7 +234,7 @@ def ends_of_generation(o: Observed, slots: Iterable[Slot], settings: Settings) -
             continue
         followed = someone_gone and agent.failure.exit_code == ExitCode.LOST_PEER
         if agent.failure_generation == o.status.generation and not followed:
-            ends.append(failure.of_termination(pod.name, pod.node, agent.failure))
+            ends.append(exits.of_termination(pod.name, pod.node, agent.failure))
     if is_hung(o, settings):
         seconds = int(hang_limit(o, settings))
         ends.append(Ending("", "", Reason.HUNG, int(ExitCode.INTERNAL), f"no step for {seconds} s.", step=_step(o)))

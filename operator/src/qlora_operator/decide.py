@@ -21,7 +21,7 @@ from qlora_api.status import Nodes, QLoRAFinetuneStatus, Slot
 from qlora_operator import agents, conditions, endings, failure, membership, pods, slots
 from qlora_operator.conditions import is_over, is_true, put
 from qlora_operator.endings import RunEnd
-from qlora_operator.failure import Ending
+from qlora_operator.exits import Ending
 from qlora_operator.membership import Phase, Plan
 from qlora_operator.settings import Settings
 from qlora_operator.state import Action, ApplyObject, CreatePod, Decision, DeleteRun, Event, Observed, Pod

@@ -11,8 +11,8 @@ from qlora_api import names
 from qlora_api.names import Reason
 from qlora_api.run import AgentState, ExitCode
 from qlora_api.status import Slot
-from qlora_operator import agents, failure
-from qlora_operator.failure import Ending
+from qlora_operator import agents, exits
+from qlora_operator.exits import Ending
 from qlora_operator.settings import Settings
 from qlora_operator.state import DeletePod, Observed, Pod
 
@@ -52,7 +52,7 @@ def place(o: Observed, settings: Settings) -> Placement:
             endings.append(ending)
             slot = _advance(slot)
         elif pod is not None and pod.restarts > slot.restarts and pod.exit is not None:
-            endings.append(failure.of_container(pod, agents.newest_progress(o).step))
+            endings.append(exits.of_container(pod, agents.newest_progress(o).step))
             slot = slot.model_copy(update={"restarts": pod.restarts})
         slots.append(slot)
     return Placement(slots, tuple(endings), min(waits, default=None))
@@ -129,7 +129,7 @@ def _failed_start(o: Observed, pod: Pod, settings: Settings) -> Ending | None:
         return None  # it tries again by itself; `agents.troubles` tells
     corrupt = agent.failure.exit_code == ExitCode.CORRUPT_BASE and agent.failure_generation == o.status.generation
     if failed_newcomer or (member and corrupt):
-        return failure.of_termination(pod.name, pod.node, agent.failure)
+        return exits.of_termination(pod.name, pod.node, agent.failure)
     return None
 
 

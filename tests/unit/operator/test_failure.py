@@ -7,8 +7,9 @@ from qlora_api.names import Reason
 from qlora_api.run import ExitCode, Termination
 from qlora_api.status import FailureRecord, LastFailure, QLoRAFinetuneStatus
 from qlora_api.types import FailurePolicy
-from qlora_operator import failure
-from qlora_operator.failure import Ending, Verdict
+from qlora_operator import exits, failure
+from qlora_operator.exits import Ending
+from qlora_operator.failure import Verdict
 from qlora_operator.state import Exit
 
 POLICY = FailurePolicy(max_failures=3, window_seconds=600)
@@ -21,7 +22,7 @@ def judge(*endings: Ending, status: QLoRAFinetuneStatus | None = None, policy: F
 
 
 def exit_of(code: int, name: str = "r-0-0", step: int = 5, **fields: object) -> Ending:
-    return failure.of_termination(name, "node-a", ended(code, step, **fields))  # type: ignore[arg-type]
+    return exits.of_termination(name, "node-a", ended(code, step, **fields))  # type: ignore[arg-type]
 
 
 def records(*steps: int, reason: Reason = Reason.WORKER_FAILED, age: float = 60) -> QLoRAFinetuneStatus:
@@ -44,7 +45,7 @@ def test_nothing_ended() -> None:
 def test_what_cannot_get_better_fails_at_once(code: ExitCode, reason: Reason) -> None:
     verdict = judge(exit_of(ExitCode.INTERNAL, "r-1-0"), exit_of(code))
     assert (verdict.effect, verdict.reason) == ("Fail", reason)
-    assert "it broke" in verdict.message and failure.ADVICE[reason] in verdict.message
+    assert "it broke" in verdict.message and exits.ADVICE[reason] in verdict.message
 
 
 @pytest.mark.parametrize("code", [ExitCode.OK, ExitCode.STOPPED, ExitCode.FENCED, 143, -15])
@@ -123,11 +124,11 @@ def test_a_node_at_fault_twice_is_avoided() -> None:
 
 
 def test_containers_ends() -> None:
-    killed = failure.of_container(pod(0, exit=Exit(137, "OOMKilled")), step=4)
+    killed = exits.of_container(pod(0, exit=Exit(137, "OOMKilled")), step=4)
     assert (killed.reason, killed.exit_code, killed.step) == (Reason.OUT_OF_MEMORY, ExitCode.OUT_OF_MEMORY, 4)
-    outside = failure.of_container(pod(0, exit=Exit(137, "Error")), step=4)
+    outside = exits.of_container(pod(0, exit=Exit(137, "Error")), step=4)
     assert (outside.reason, outside.exit_code) == (Reason.POD_LOST, None)
     told = Termination(exit_code=65, reason="InvalidDataset", message="train.jsonl:3: not JSON")
-    assert failure.of_container(pod(0, exit=Exit(65, "Error", told)), 4).message == "train.jsonl:3: not JSON"
-    crash = failure.of_container(pod(0, exit=Exit(1, "Error", message="Traceback")), step=4)
+    assert exits.of_container(pod(0, exit=Exit(65, "Error", told)), 4).message == "train.jsonl:3: not JSON"
+    crash = exits.of_container(pod(0, exit=Exit(1, "Error", message="Traceback")), step=4)
     assert (crash.reason, crash.log_tail) == (Reason.WORKER_FAILED, "Traceback")
