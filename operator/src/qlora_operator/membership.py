@@ -25,6 +25,9 @@ from qlora_api.run import AgentState
 from qlora_api.status import Member
 
 
+FRESH_CHECK_SECONDS = 0.2  # a mere sign of life wakes nobody
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A live agent on a live pod of a current place that is neither warming up nor leaving."""
@@ -93,8 +96,9 @@ def plan(view: View) -> Plan:
     standing = tuple(c for c in view.candidates if c.standing)
     too_few = len(standing) + len(late) < view.min_nodes
     wait = _seconds_to_wait(view, standing)
-    if late or wait > 0 or len(standing) < view.min_nodes or not all(c.fresh for c in standing):
-        recheck = wait if wait > 0 and not late else None
+    fresh = all(candidate.fresh for candidate in standing)
+    if late or wait > 0 or len(standing) < view.min_nodes or not fresh:
+        recheck = None if late else wait if wait > 0 else None if fresh else FRESH_CHECK_SECONDS
         return Plan(view.generation, view.members, view.generation + 1, Phase.PREPARING, too_few, late, recheck)
     following = view.generation + 1
     return Plan(following, order(view, standing), following, Phase.PUBLISHED)

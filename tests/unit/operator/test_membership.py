@@ -67,7 +67,8 @@ def test_one_who_may_be_dead_already_is_waited_for_until_its_lease_runs_out() ->
 
 def test_one_who_stands_but_has_not_just_reported_is_not_published() -> None:
     stale = replace(candidate(1, READY, 4), fresh=False)
-    assert plan(view(4, [0, 1], candidate(0, READY, 4), stale, prepare_age=1.0)).phase == Phase.PREPARING
+    waiting = plan(view(4, [0, 1], candidate(0, READY, 4), stale, prepare_age=1.0))
+    assert waiting.phase == Phase.PREPARING and waiting.recheck is not None
 
 
 def test_a_newcomer_waits_until_the_members_run_and_goes_last() -> None:
