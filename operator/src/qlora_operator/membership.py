@@ -24,7 +24,6 @@ from enum import StrEnum
 from qlora_api.run import AgentState
 from qlora_api.status import Member
 
-
 FRESH_CHECK_SECONDS = 0.2  # a mere sign of life wakes nobody
 
 
