@@ -6,7 +6,7 @@ sharding of the base; the order of set-up is the order of the functions.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -147,11 +147,13 @@ def _prepare_data(config: TrainConfig, env: WorkerEnv, model: Source) -> Data:
 
 
 def micro_batch_size(config: TrainConfig) -> int:
-    """Sequences of a forward pass: the spec's, else the largest divisor of the global batch that fits _MICRO_TOKENS."""
-    training = config.spec.training
+    """Sequences of a forward pass: the spec's, else the largest divisor of the global batch that fits _MICRO_TOKENS and
+    leaves one for every GPU of the largest world (the present one would make dropout depend on it)."""
+    spec, training = config.spec, config.spec.training
     if training.micro_batch_size:
         return training.micro_batch_size
-    most = max(1, _MICRO_TOKENS // training.max_length)
+    most_ranks = spec.elastic_policy.max_nodes * spec.num_proc_per_node
+    most = max(1, min(_MICRO_TOKENS // training.max_length, training.global_batch_size // most_ranks))
     return max(n for n in range(1, training.global_batch_size + 1) if training.global_batch_size % n == 0 and n <= most)
 
 
@@ -159,7 +161,9 @@ def set_up(config: TrainConfig, env: WorkerEnv, mesh: DeviceMesh | None) -> Sess
     """All parts, the base verified byte by byte. Raises what the parts raise."""
     prepared = prepare(config, env)
     device = device_of(env)
-    model = build_model(config, prepared.packed, mesh, device, micro_batch_size(config))
+    micro_batch = broadcast(micro_batch_size(config), 0, env)  # maxNodes may just have changed for some of the members
+    data = replace(prepared.data, plan=replace(prepared.data.plan, micro_batch_size=micro_batch))
+    model = build_model(config, prepared.packed, mesh, device, micro_batch)
     model.verify()
     optimizer = Optimizer(config, model.adapter, env.world_size)
     store, layout = open_output(config, env)
@@ -172,7 +176,7 @@ def set_up(config: TrainConfig, env: WorkerEnv, mesh: DeviceMesh | None) -> Sess
         env,
         device,
         mesh,
-        prepared.data,
+        data,
         model,
         optimizer,
         store,
