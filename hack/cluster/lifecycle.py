@@ -7,7 +7,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
-from . import build, cgroups, controlplane, deviceplugin, leftovers, namespaces, node, preflight, s3
+from . import build, cgroups, controlplane, deviceplugin, leftovers, namespaces, network, node, preflight, s3
 from .images import seed
 from .progress import say, step
 from .settings import MAX_NODES, QUICK, STEADY, Cluster, locked
@@ -64,8 +64,9 @@ def down(cluster: Cluster, keep: bool = False) -> None:
         outer = namespaces.find(cluster.dir)
         if outer is not None:
             namespaces.kill(outer)
+        network.disconnect_host(cluster)
         cgroups.remove(cluster)
-        left = leftovers.wait_until_gone(cluster, timeout=60)  # the kernel takes its time with a network namespace
+        left = leftovers.wait_until_gone(cluster, timeout=60)
         if left:
             raise RuntimeError("left behind: " + "; ".join(left))
         if not keep:

@@ -14,6 +14,12 @@ from .settings import Cluster
 BRIDGE = "br0"
 
 
+def disconnect_host(cluster: Cluster) -> None:
+    """Removes the host's link, and the routes with it: the kernel may take a minute to do so after the namespaces."""
+    if exists_on_host(cluster.host_link):
+        _host("link", "delete", cluster.host_link)
+
+
 def _host(*arguments: str) -> None:
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
     if done.returncode:
@@ -26,6 +32,7 @@ def exists_on_host(link: str) -> bool:
 
 def connect_control_plane(cluster: Cluster, pid: int) -> None:
     """The bridge with the control plane's address on it, and the host's link to it."""
+    disconnect_host(cluster)
     run(pid, "ip", "link", "add", BRIDGE, "type", "bridge")
     run(pid, "ip", "address", "add", f"{cluster.control_plane}/24", "dev", BRIDGE)
     run(pid, "ip", "link", "set", BRIDGE, "up")

