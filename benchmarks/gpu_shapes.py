@@ -96,11 +96,12 @@ class RandomPacked(PackedModel):
                 blob[stored.absmax[0] : sum(stored.absmax)].view(torch.float32).fill_(0.03)
         return blob[start:stop].clone()
 
-    def read_rest(self, device: torch.device) -> dict[str, Tensor]:
+    def read_rest(self, device: torch.device, on_host: str = "") -> dict[str, Tensor]:
         skeleton = build_skeleton(self.hf_config, self.scheme.dtype)
         linears = {f"{self.prefix}.{i}.{name}.weight" for i, name, _ in decoder_linears(skeleton)}
         shapes = {name: p.shape for name, p in skeleton.named_parameters() if name not in linears}
-        return {name: _weight(shape, str(device)).to(self.scheme.dtype) for name, shape in shapes.items()}
+        place = {name: "cpu" if name == on_host else str(device) for name in shapes}
+        return {name: _weight(shape, place[name]).to(self.scheme.dtype) for name, shape in shapes.items()}
 
     def read_tables(self, device: torch.device) -> Tables:
         return read_tables(self.scheme).to(device)

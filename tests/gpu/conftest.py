@@ -1,7 +1,12 @@
 """These tests need CUDA; without it they fail, they are never skipped."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
 @pytest.fixture(autouse=True, scope="session")

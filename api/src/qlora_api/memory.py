@@ -20,6 +20,7 @@ USABLE = 0.92  # share of a GPU that a plan may fill: context, NCCL and fragment
 GPU_FIXED = 128 << 20  # workspaces of cuBLAS and cuDNN and small tensors; fitted to the runs of benchmarks/results.md
 HOST_FIXED = int(1.6 * 2**30)  # anonymous memory of a worker: interpreter, torch, compiled code
 ACTIVATIONS_MEASURED = 1.01  # measured over counted: statistics of norms and attention, alignment
+HOST_LOOKUP = 32 << 20  # bytes of embeddings a micro batch that may come from host memory: a few ms a step
 TARGET_TOKENS = 8192  # a micro batch of so many tokens fills the chip: more gains under 2 %
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -31,6 +32,7 @@ class Plan(ApiModel):
     micro_batch_size: int = Field(ge=1)
     num_layers: int
     recomputed_layers: int = Field(description="Decoder layers whose activations are recomputed, the first ones.")
+    host_embeddings: bool = Field(description="The embedding table stays in host memory, mapped from the cache.")
     gpu: dict[str, int] = Field(description="Bytes on the GPU at the peak of a step.")
     host: dict[str, int] = Field(description="Bytes of host memory a rank.")
     gpu_limit: int = Field(description="Bytes of the GPU that the plan may use; 0: no GPU.")
@@ -148,6 +150,8 @@ def _shardings(spec: QLoRAFinetuneSpec, world_size: int) -> list[Sharding]:
 def _with_fewest_recomputed(
     spec: QLoRAFinetuneSpec, shapes: Shapes, limit: int, world_size: int, sharding: Sharding, micro_batch: int
 ) -> Plan:
+    tokens = micro_batch * spec.training.max_length
+
     def build(recomputed: int) -> Plan:
         gpu = gpu_items(spec, shapes, world_size, sharding, micro_batch, recomputed)
         return Plan(
@@ -155,6 +159,7 @@ def _with_fewest_recomputed(
             micro_batch_size=micro_batch,
             num_layers=shapes.num_layers,
             recomputed_layers=recomputed,
+            host_embeddings=limit > 0 and host_table_bytes(spec, shapes, sharding, tokens) > 0,
             gpu=gpu if limit else {},
             host=host_items(spec, shapes, world_size, sharding),
             gpu_limit=limit,
@@ -181,7 +186,7 @@ def gpu_items(
     boundary = tokens * shapes.hidden * item
     return {
         "base": _base_bytes(spec, shapes, world_size, sharding),
-        "embeddings": rest_bytes(spec, shapes),
+        "embeddings": rest_bytes(spec, shapes) - host_table_bytes(spec, shapes, sharding, tokens),
         "adapter": adapter_numel(spec, shapes) * _bytes_per_trainable(spec),
         "activations": kept * activation + recomputed * boundary,
         "workspace": GPU_FIXED
@@ -226,6 +231,13 @@ def rest_bytes(spec: QLoRAFinetuneSpec, shapes: Shapes) -> int:
     return numel * ITEM_BYTES[spec.quantization.storage_dtype]
 
 
+def host_table_bytes(spec: QLoRAFinetuneSpec, shapes: Shapes, sharding: Sharding, tokens: int) -> int:
+    """Bytes of the embedding table that need no GPU: where memory counts (sharded) and a lookup is small."""
+    item = ITEM_BYTES[spec.quantization.storage_dtype]
+    small = tokens * shapes.hidden * item <= HOST_LOOKUP or spec.training.cpu_offload
+    return 0 if shapes.tied or sharding == "NO_SHARD" or not small else shapes.vocabulary * shapes.hidden * item
+
+
 def adapter_numel(spec: QLoRAFinetuneSpec, shapes: Shapes) -> int:
     """Elements of A, B and DoRA's magnitudes."""
     total = 0
@@ -262,10 +274,10 @@ def _loss_bytes(shapes: Shapes, tokens: int, item: int) -> int:
 
 
 def _backward_bytes(spec: QLoRAFinetuneSpec, shapes: Shapes, tokens: int, recomputed: int) -> int:
-    """Beside what is kept: a recomputed layer's activations, gradients in flight, one group's dequantized weight."""
+    """Beside what is kept: a recomputed layer's activations, gradients in flight, one dequantized weight."""
     item = ITEM_BYTES[spec.quantization.compute_dtype]
     gates = 2 if shapes.gated else 1
-    weight = gates * shapes.feed_forward * shapes.hidden * item
+    weight = shapes.feed_forward * shapes.hidden * item
     if recomputed:  # its own activations are freed as fast as gradients of their size appear
         return activation_bytes(spec, shapes, tokens) + weight + 2 * tokens * shapes.hidden * item
     return weight + tokens * (gates * shapes.feed_forward + 2 * shapes.hidden) * item

@@ -51,7 +51,7 @@ def test_restarts_are_bit_equal(make_world: MakeWorld) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
 def test_8bit_optimizers_go_on_from_a_checkpoint(make_world: MakeWorld, optimizer: str) -> None:
-    spec = {"training": {"optimizer": optimizer}, "lora": {"r": 64}}
+    spec = {"training": {"optimizer": optimizer}, "lora": {"r": 64}, "quantization": BFLOAT16}
     straight, broken = (gpu_world(make_world, name, **spec) for name in ("straight", "broken"))
     assert straight.run([0]) == [0]
     for _ in range(2):

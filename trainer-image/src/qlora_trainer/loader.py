@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlora_api.run import TrainConfig
@@ -65,10 +65,13 @@ class PackedModel:
             mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         return torch.frombuffer(mapped, dtype=torch.uint8, count=stop - start, offset=start)
 
-    def read_rest(self, device: torch.device) -> dict[str, Tensor]:
-        """What is not quantized, by parameter name."""
-        tensors = load_file(self.folder / "rest.safetensors", device=str(device))
-        return {name: tensor for name, tensor in tensors.items() if not name.startswith("tables.")}
+    def read_rest(self, device: torch.device, on_host: str = "") -> dict[str, Tensor]:
+        """What is not quantized, by parameter name; `on_host` stays in host memory, mapped from the file."""
+        path, cpu = self.folder / "rest.safetensors", torch.device("cpu")
+        with safe_open(path, "pt", device=str(device)) as fast, safe_open(path, "pt", device="cpu") as mapped:
+            names = [name for name in fast.keys() if not name.startswith("tables.")]  # noqa: SIM118 - not a dict
+            where = {name: mapped if name == on_host or device == cpu else fast for name in names}
+            return {name: file.get_tensor(name) for name, file in where.items()}
 
     def read_tables(self, device: torch.device) -> Tables:
         """The code books of dequantization."""
@@ -129,7 +132,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def digest_of(model_dir: Path, scheme: Scheme, device_type: str) -> str:
-    """Key of the packed folder: the scheme, the kind of device, config.json, and of every file size, header, 16 samples.
+    """Key of the packed folder: the scheme, the kind of device, config.json, and of every file size, header, samples.
 
     The kind of device, because bitsandbytes rounds ties differently on CPU and GPU. Samples, because hashing all of a
     140 GB model would take minutes at every start; two models that agree in all of this are the same.

@@ -107,13 +107,15 @@ class TrainableModel:
             assert position_ids is not None
             shifted[:, :-1][position_ids[:, 1:] == 0] = IGNORED
         self.adapter.refresh()
-        hidden = self.hidden_states(input_ids.to(self.device, non_blocking=True), position_ids if packed else None)
+        hidden = self.hidden_states(input_ids, position_ids if packed else None)
         total = self._head_loss(hidden, shifted.to(self.device, non_blocking=True))
         return total / num_tokens
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """The decoder's last hidden states, (batch, length, d)."""
-        embeddings = self.hf_model.get_input_embeddings()(input_ids)
+        table = self.hf_model.get_input_embeddings()
+        place = table.weight.device  # the host, where the plan says so
+        embeddings = table(input_ids.to(place, non_blocking=True)).to(self.device, non_blocking=True)
         if self.hf_model.training:
             embeddings = self._noised(embeddings)
             embeddings.requires_grad_()  # every layer computes the same graph, the first included
@@ -173,9 +175,10 @@ def build_model(
     """The model of `config` on `device`, its base sharded over `mesh` (None: one rank). Raises BadConfig, BadModel."""
     spec = config.spec
     dtype = FP_TYPES[spec.quantization.compute_dtype]
-    attention = pick_attention(packed.hf_config, spec.training.max_length, device)
+    attention = pick_attention(packed.hf_config, spec.training.max_length, device, dtype)
     hf_model = build_skeleton(packed.hf_config, dtype, packed.trust_remote_code, attention)
-    _fill_rest(hf_model, packed.read_rest(device), device)
+    plan = plan_for(config, packed.hf_config, mesh, device, micro_batch)
+    _fill_rest(hf_model, packed.read_rest(device, _host_table(hf_model) if plan.host_embeddings else ""), device)
     tables = packed.read_tables(device)
     layers = decoder_layers(hf_model)[1]
     states = [LayerState() for _ in layers]
@@ -183,7 +186,6 @@ def build_model(
     groups = [Group(plan, tables, dtype, states[plan.layer], dora) for plan in _plan_groups(spec.lora, packed)]
     _replace_linears(layers, groups, dora)
     adapter = Adapter(groups, device, dtype, spec.training.seed, spec.lora.freeze_a, dora)
-    plan = plan_for(config, packed.hf_config, mesh, device, micro_batch)
     strategy, offload, recomputed = plan.sharding, spec.training.cpu_offload, plan.recomputed_layers
     compiles = _compiles(device)
     for index, layer in enumerate(layers):
@@ -286,6 +288,14 @@ def _replace_linears(layers: nn.ModuleList, groups: list[Group], dora: bool) -> 
             bias = layer.get_submodule(name).bias
             use_dora = dora and group.plan.spec.adapted[index]
             layer.set_submodule(name, DoraLinear(group, bias) if use_dora else QuantLinear(group, index, bias))
+
+
+def _host_table(hf_model: nn.Module) -> str:
+    """Name of the embedding table, if it is a plain one."""
+    table = hf_model.get_input_embeddings()
+    return next(
+        (f"{name}.weight" for name, m in hf_model.named_modules() if m is table and type(m) is nn.Embedding), ""
+    )
 
 
 def _fill_rest(hf_model: nn.Module, rest: dict[str, Tensor], device: torch.device) -> None:

@@ -5,9 +5,10 @@ dequantized in the forward and again in the backward pass and is never kept. The
 in the compute type for the products, `a_master`, `b_master` (float32) to receive the gradients.
 
 Shapes: x (..., columns); W of the members stacked, (sum of rows, columns); A of the members with an adapter stacked,
-(adapters * rank, columns); B likewise, (sum of their rows, rank); `xa` = scale * drop(x) A^T, (tokens, adapters * rank).
+(adapters * rank, columns); B likewise, (sum of rows, rank); `xa` = scale * drop(x) A^T, (tokens, adapters * rank).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -97,16 +98,29 @@ def _tables(key: int, device: torch.device) -> Tables:
     return by_device[device]
 
 
-def weight_of(blob: Tensor, key: int, dtype: torch.dtype) -> Tensor:
-    """The group's dequantized weight, (sum of rows, columns), contiguous."""
+def weight_of(blob: Tensor, key: int, dtype: torch.dtype, members: slice = slice(None)) -> Tensor:
+    """The members' dequantized weights stacked, (sum of rows, columns), contiguous; unquantized ones are not copied."""
     spec = spec_of(key)
-    weight = torch.empty(sum(spec.rows), spec.columns, dtype=dtype, device=blob.device)
+    stored = spec.members[members]
+    starts, ends = [s.codes[0] for s in stored], [s.end for s in stored]
+    if spec.scheme.type == "none" and spec.scheme.dtype == dtype and starts[1:] == ends[:-1]:
+        return blob[starts[0] : ends[-1]].view(dtype).view(-1, spec.columns)
+    weight = torch.empty(sum(s.rows for s in stored), spec.columns, dtype=dtype, device=blob.device)
     tables = _tables(key, blob.device)
     start = 0
-    for member in spec.members:
+    for member in stored:
         dequantize(blob, member, spec.scheme, tables, weight[start : start + member.rows])
         start += member.rows
     return weight
+
+
+def _weights(blob: Tensor, key: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The weight of every output, one at a time: no more than one of them needs memory."""
+    if len(spec_of(key).widths) == 1:
+        yield weight_of(blob, key, dtype)
+        return
+    for index in range(len(spec_of(key).members)):
+        yield weight_of(blob, key, dtype, slice(index, index + 1))
 
 
 @torch.library.custom_op("qlora::linear", mutates_args=())
@@ -127,18 +141,20 @@ def linear(
     xa = _low_rank_input(flat, a, seeds, spec, training)
     outputs = [flat.new_empty(flat.shape[0], width) for width in spec.widths]
     if not (recompute_skips_output and spec.last):
-        _multiply(outputs, flat, weight_of(blob, key, x.dtype), xa, b, spec)
+        _multiply(outputs, flat, _weights(blob, key, x.dtype), xa, b, spec)
     return [*(y.view(*x.shape[:-1], y.shape[1]) for y in outputs), xa]
 
 
-def _multiply(outputs: list[Tensor], x: Tensor, weight: Tensor, xa: Tensor, b: Tensor, spec: GroupSpec) -> None:
+def _multiply(
+    outputs: list[Tensor], x: Tensor, weights: Iterator[Tensor], xa: Tensor, b: Tensor, spec: GroupSpec
+) -> None:
     """outputs = x W^T + xa B^T; with adapters everywhere the thin products come first and the wide one adds to them."""
     thin_first = all(spec.adapted) and x.is_cuda
     if thin_first:
         for part in spec.parts():
             torch.mm(xa[:, part.xa], b[part.b_rows].t(), out=outputs[part.output][:, part.columns])
-    for y, rows in zip(outputs, weight.split(spec.widths), strict=True):
-        y.addmm_(x, rows.t()) if thin_first else torch.mm(x, rows.t(), out=y)
+    for y, weight in zip(outputs, weights, strict=True):
+        y.addmm_(x, weight.t()) if thin_first else torch.mm(x, weight.t(), out=y)
     if not thin_first:
         for part in spec.parts():
             outputs[part.output][:, part.columns].addmm_(xa[:, part.xa], b[part.b_rows].t())
@@ -181,9 +197,8 @@ def linear_backward(
     if not need_x:
         return x.new_empty(0), da, db
     dx = _grad_x(dxa, flat, a, seeds, spec, dropped)
-    weight = weight_of(blob, key, flat.dtype)
-    for dy, rows in zip(dys, weight.split(spec.widths), strict=True):
-        dx.addmm_(dy, rows)
+    for dy, weight in zip(dys, _weights(blob, key, flat.dtype), strict=True):
+        dx.addmm_(dy, weight)
     return dx.view(x.shape), da, db
 
 

@@ -1,7 +1,7 @@
 """4-bit storage of frozen weights, bit-equal to `bitsandbytes.functional.quantize_4bit` (block size 64).
 
-A weight of n elements becomes up to four byte ranges of one flat blob: `codes` (two 4-bit indices a byte, the first in
-the high nibble), `absmax` (a scale per 64 elements) and, with double quantization, `absmax2` (float32 per 256 scales)
+A weight of n elements becomes up to four ranges of a blob: `codes` (two 4-bit indices a byte, the first in the high
+nibble), `absmax` (a scale per 64 elements) and, with double quantization, `absmax2` (float32 per 256 scales)
 and `mean` (float32). value = code4[index] * scale, scale = code8[absmax] * absmax2 + mean (arXiv:2305.14314, section 3).
 
 Rules: quantization is bitsandbytes' own function, so there is nothing to drift; dequantization multiplies in float32
