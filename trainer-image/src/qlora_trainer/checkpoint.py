@@ -10,7 +10,8 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
-from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -106,14 +107,15 @@ class CheckpointWriter:
 
     def __init__(self, store: ObjectStore, keep: int, mesh: DeviceMesh | None, group: Any = None) -> None:
         self._store, self._keep, self._mesh, self._group = store, keep, mesh, group
-        self._pending: tuple[Manifest, Path, Future[Any]] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: tuple[Manifest, Future[None]] | None = None
         self.newest: CheckpointStatus | None = None
         self.num_failures = 0  # in a row
 
     @property
     def busy(self) -> bool:
         """A save is under way on this rank."""
-        return self._pending is not None and not self._pending[2].done()
+        return self._pending is not None and not self._pending[1].done()
 
     def save(self, step: int, generation: int, state: Mapping[str, Tensor], extra: dict[str, Any]) -> None:
         """Start saving; waits for the save before. The tensors may change as soon as this returns."""
@@ -122,24 +124,36 @@ class CheckpointWriter:
         manifest = Manifest(
             step=step, generation=generation, time=datetime.now(UTC), files=[], tensors=tensors, extra=extra
         )
-        staging = Path(tempfile.mkdtemp(prefix="checkpoint-"))
-        sliced = {name: _slice(tensor, self._mesh) for name, tensor in state.items()}
-        future = async_save(
-            sliced,
-            storage_writer=_StoreWriter(staging, self._store, manifest, self._keep),
-            process_group=self._group,
-            no_dist=self._mesh is None,
-        )
-        assert isinstance(future, Future)
-        self._pending = (manifest, staging, future)
+        parts = {name: _part(tensor, self._mesh) for name, tensor in state.items()}
+        on_gpu = next((part.device for part in parts.values() if part.is_cuda), None)
+        copied = torch.cuda.current_stream(on_gpu).record_event() if on_gpu else None
+        self._pending = (manifest, self._thread.submit(self._write, manifest, parts, on_gpu, copied))
+
+    def _write(
+        self, manifest: Manifest, parts: dict[str, Tensor], gpu: torch.device | None, copied: torch.cuda.Event | None
+    ) -> None:
+        """In the thread: this rank's parts to the CPU, and with the other ranks' threads into the store."""
+        with tempfile.TemporaryDirectory(prefix="checkpoint-") as staging:
+            with torch.cuda.stream(torch.cuda.Stream(gpu)) if gpu else nullcontext():  # training's stream stays free
+                if copied is not None:
+                    copied.wait()
+                sliced = {name: self._on_cpu(part, manifest.tensors[name][1]) for name, part in parts.items()}
+            parts.clear()
+            writer = _StoreWriter(Path(staging), self._store, manifest, self._keep)
+            save_state_dict(sliced, storage_writer=writer, process_group=self._group, no_dist=self._mesh is None)
+
+    def _on_cpu(self, part: Tensor, shape: list[int]) -> Tensor:
+        local = part.to("cpu")
+        if self._mesh is None or not _is_sliced(shape):
+            return local
+        return DTensor.from_local(local, self._mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=(1,))
 
     def collect(self, wait: bool = False) -> StorageError | None:
         """Take note of a save that has ended; the error, if it failed. With `wait` the one under way ends first."""
-        if self._pending is None or not (wait or self._pending[2].done()):
+        if self._pending is None or not (wait or self._pending[1].done()):
             return None
-        (manifest, staging, future), self._pending = self._pending, None
+        (manifest, future), self._pending = self._pending, None
         error = _storage_error(future.exception())
-        shutil.rmtree(staging, ignore_errors=True)
         if error is not None:
             self.num_failures += 1
             return error
@@ -154,17 +168,17 @@ class CheckpointWriter:
             raise error
 
 
-def _slice(tensor: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    """This rank's part of a replicated flat tensor, as a copy on the CPU."""
+def _is_sliced(shape: list[int] | torch.Size) -> bool:
+    return len(shape) == 1 and shape[0] >= _SLICED_FROM
+
+
+def _part(tensor: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    """A copy of this rank's part of a replicated tensor, on its device: the way to the CPU is the thread's."""
     tensor = tensor.detach()
-    if mesh is None or tensor.numel() < _SLICED_FROM:
-        return tensor.to("cpu", copy=True)
-    assert tensor.dim() == 1
+    if mesh is None or not _is_sliced(tensor.shape):
+        return tensor.clone()
     parts = tensor.chunk(mesh.size())
-    local = parts[mesh.get_local_rank()] if mesh.get_local_rank() < len(parts) else tensor[:0]
-    return DTensor.from_local(
-        local.to("cpu", copy=True), mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=(1,)
-    )
+    return parts[mesh.get_local_rank()].clone() if mesh.get_local_rank() < len(parts) else tensor[:0].clone()
 
 
 def _storage_error(error: BaseException | None) -> StorageError | None:
