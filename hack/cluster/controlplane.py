@@ -1,4 +1,4 @@
-"""The control plane: etcd, API server, controller manager, scheduler, CoreDNS, kube-proxy and S3, in the outer namespaces.
+"""The control plane in the outer namespaces: etcd, API server, controllers, scheduler, CoreDNS, kube-proxy and S3.
 
 CoreDNS and S3 run here rather than in pods so that the loss of a node never takes them along; Services without a
 selector give them their usual names inside the cluster.
@@ -193,7 +193,7 @@ def api_ready(cluster: Cluster) -> bool:
 def kubectl(cluster: Cluster, *arguments: str, stdin: str = "") -> str:
     """kubectl as admin; RuntimeError with what it said when it fails."""
     command = [str(build.program("kubectl")), f"--kubeconfig={cluster.kubeconfig}", *arguments]
-    done = subprocess.run(command, input=stdin, capture_output=True, text=True)
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
     return done.stdout
@@ -201,7 +201,7 @@ def kubectl(cluster: Cluster, *arguments: str, stdin: str = "") -> str:
 
 def _services(cluster: Cluster) -> None:
     """kube-dns at its fixed address and s3.s3.svc, both leading to the control plane's address."""
-    documents = [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "s3"}}]
+    documents: list[dict[str, object]] = [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "s3"}}]
     dns = {"dns": (53, "UDP"), "dns-tcp": (53, "TCP")}
     documents += _service(cluster, "kube-system", "kube-dns", dns, cluster.dns_service)
     documents += _service(cluster, "s3", "s3", {"s3": (s3.PORT, "TCP")})

@@ -51,7 +51,7 @@ def up(cluster: Cluster, options: Options) -> None:
             wanted = list(range(1, options.nodes + 1))
             for number in wanted:
                 node.ensure(cluster, number, outer, options.for_node())
-            node.wait_ready(cluster, wanted)
+            node.wait_ready(cluster, wanted, options.gpus)
     say(f"export KUBECONFIG={cluster.kubeconfig}")
 
 
@@ -82,7 +82,7 @@ def start_node(cluster: Cluster, number: int, fresh: bool) -> None:
         if fresh and namespaces.find(cluster.node_dir(number)) is None:
             node.wipe(cluster, number)
         node.ensure(cluster, number, outer, saved_options(cluster).for_node())
-        node.wait_ready(cluster, [number])
+        node.wait_ready(cluster, [number], saved_options(cluster).gpus)
 
 
 def restart_node(cluster: Cluster, number: int) -> None:
@@ -91,7 +91,7 @@ def restart_node(cluster: Cluster, number: int) -> None:
         outer = outer_pid(cluster)
         node.kill(cluster, number, outer, silent=False)
         node.ensure(cluster, number, outer, saved_options(cluster).for_node())
-        node.wait_ready(cluster, [number])
+        node.wait_ready(cluster, [number], saved_options(cluster).gpus)
 
 
 def lacking(cluster: Cluster, reference: str) -> list[int]:
@@ -115,9 +115,9 @@ def saved_options(cluster: Cluster) -> Options:
 def status(cluster: Cluster) -> dict[str, object]:
     """What runs and how to reach it."""
     outer = namespaces.find(cluster.dir)
-    ready: set[str] = set()
+    ready: dict[str, int] = {}
     with suppress(RuntimeError, FileNotFoundError):
-        ready = node.ready_nodes(cluster) if outer else set()
+        ready = node.ready_nodes(cluster) if outer else {}
     nodes = {
         f"node{number}": "not running"
         if namespaces.find(cluster.node_dir(number)) is None

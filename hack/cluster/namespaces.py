@@ -64,7 +64,7 @@ def enter_command(pid: int | None) -> list[str]:
 
 def run(pid: int, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Runs a command in there and captures its output; RuntimeError with it when it fails and `check` is set."""
-    done = subprocess.run([*enter_command(pid), *command], capture_output=True, text=True, cwd="/")
+    done = subprocess.run([*enter_command(pid), *command], capture_output=True, text=True, cwd="/", check=False)
     if check and done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
     return done
@@ -100,11 +100,11 @@ def descendants(pid: int) -> list[int]:
 
 def members(pid: int) -> dict[int, str]:
     """Every process in the process namespace of this one (not in nested ones): id on the host -> command line."""
-    space = os.stat(f"/proc/{pid}/ns/pid").st_ino
+    space = Path(f"/proc/{pid}/ns/pid").stat().st_ino
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if os.stat(entry / "ns" / "pid").st_ino == space:
+            if (entry / "ns" / "pid").stat().st_ino == space:
                 found[int(entry.name)] = _command_line(int(entry.name))
         except OSError:  # it ended meanwhile, or is none of ours to look into
             continue

@@ -58,21 +58,24 @@ def ensure(cluster: Cluster, node: int, outer: int, options: NodeOptions) -> Non
             raise
 
 
-def wait_ready(cluster: Cluster, nodes: list[int]) -> None:
-    """Waits until each node is Ready and offers its GPUs."""
+def wait_ready(cluster: Cluster, nodes: list[int], gpus: int) -> None:
+    """Waits until each node is Ready and, where it has any, offers GPUs."""
+
+    def are_ready() -> bool:
+        ready = ready_nodes(cluster)
+        return all(f"node{node}" in ready and (ready[f"node{node}"] or not gpus) for node in nodes)
+
     with step("nodes Ready"):
-        names = {f"node{node}" for node in nodes}
-        wait_for("Ready nodes", lambda: names <= ready_nodes(cluster), 120, poll=0.3)
+        wait_for("Ready nodes", are_ready, 120, poll=0.3)
 
 
-def ready_nodes(cluster: Cluster) -> set[str]:
-    """Names of the nodes that are Ready with their GPU resource registered."""
+def ready_nodes(cluster: Cluster) -> dict[str, int]:
+    """The nodes that are Ready and how many GPUs each can give to pods."""
     listed = json.loads(controlplane.kubectl(cluster, "get", "nodes", "-o", "json"))["items"]
     return {
-        item["metadata"]["name"]
+        item["metadata"]["name"]: int(item["status"].get("allocatable", {}).get(deviceplugin.RESOURCE, 0))
         for item in listed
-        if deviceplugin.RESOURCE in item["status"].get("allocatable", {})
-        and any(c["type"] == "Ready" and c["status"] == "True" for c in item["status"].get("conditions", []))
+        if any(c["type"] == "Ready" and c["status"] == "True" for c in item["status"].get("conditions", []))
     }
 
 
@@ -132,9 +135,7 @@ def _start_daemons(cluster: Cluster, node: int, pid: int, options: NodeOptions) 
         f"--node-ip={cluster.node_address(node)}",
         f"--node-labels={deviceplugin.RESOURCE}.present=true,{deviceplugin.RESOURCE}.product=simulated",
     )
-    start(
-        "kube-proxy", build.program("kube-proxy"), f"--config={controlplane.proxy_config(cluster, folder, name)}"
-    )
+    start("kube-proxy", build.program("kube-proxy"), f"--config={controlplane.proxy_config(cluster, folder, name)}")
     start("device-plugin", *deviceplugin.command(options.gpus, folder / "unhealthy-gpus"))
 
 

@@ -55,7 +55,11 @@ def _machine() -> list[str]:
 def _network(cluster: Cluster) -> list[str]:
     """Routes of this machine that the cluster's subnets would take away."""
     ours = [ipaddress.ip_network(net) for net in (f"{cluster.subnet}.0/24", cluster.pod_net, cluster.service_net)]
-    routes = subprocess.run(["ip", "-4", "route"], capture_output=True, text=True).stdout if shutil.which("ip") else ""
+    routes = (
+        subprocess.run(["ip", "-4", "route"], capture_output=True, text=True, check=False).stdout
+        if shutil.which("ip")
+        else ""
+    )
     found = []
     for line in routes.splitlines():
         target = line.split()[0]

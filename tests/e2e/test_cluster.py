@@ -18,7 +18,6 @@ from typing import Any
 import boto3
 import botocore.exceptions
 import pytest
-
 from hack.cluster import lifecycle, namespaces, node, s3
 from hack.cluster.settings import DEFAULT_NAME, Cluster, load
 
@@ -51,7 +50,7 @@ class Kubectl:
         self.prefix = [sys.executable, "-m", "hack.cluster", "--name", cluster.name, "kubectl", "-n", NAMESPACE]
 
     def __call__(self, *words: str, stdin: str | None = None) -> str:
-        done = subprocess.run([*self.prefix, *words], input=stdin, capture_output=True, text=True)
+        done = subprocess.run([*self.prefix, *words], check=False, input=stdin, capture_output=True, text=True)
         assert done.returncode == 0, f"kubectl {' '.join(words)}: {done.stderr}"
         return done.stdout
 
@@ -99,14 +98,16 @@ def pod(name: str, image: str, on: int, gpus: int = 1, **spec: Any) -> dict[str,
         "image": image,
         "command": ["python", "-c", SERVER],
         "readinessProbe": {"tcpSocket": {"port": 8000}, "periodSeconds": 1},
-        "resources": {"limits": {"nvidia.com/gpu": gpus, "memory": "64Mi", "cpu": "100m"}},
+        "resources": {"limits": {"memory": "64Mi", "cpu": "100m"} | ({"nvidia.com/gpu": gpus} if gpus else {})},
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         },
     }
-    container["volumeMounts"] = [{"name": item["name"], "mountPath": "/" + item["name"]} for item in spec.get("volumes", [])]
+    container["volumeMounts"] = [
+        {"name": item["name"], "mountPath": "/" + item["name"]} for item in spec.get("volumes", [])
+    ]
     return {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -225,7 +226,9 @@ def test_a_killed_node_comes_back_with_its_pod(
 ) -> None:
     number = int(pods[-1].removeprefix("web"))
     name = f"stays-{'silent' if silent else 'loud'}"
-    forever = [{"key": key, "operator": "Exists"} for key in ("node.kubernetes.io/unreachable", "node.kubernetes.io/not-ready")]
+    forever = [
+        {"key": key, "operator": "Exists"} for key in ("node.kubernetes.io/unreachable", "node.kubernetes.io/not-ready")
+    ]
     # without a GPU: a kubelet that restarts refuses a pod with one ("UnexpectedAdmissionError") until the device plugin
     # is back, as real nodes do
     kubectl.create(pod(name, image, number, gpus=0, tolerations=forever))
@@ -251,4 +254,4 @@ def test_a_cut_node_is_given_up_and_heals(cluster: Cluster, pods: list[str]) -> 
         assert namespaces.find(cluster.node_dir(number)) is not None
     finally:
         node.cut(cluster, number, lifecycle.outer_pid(cluster), "up")
-    node.wait_ready(cluster, [number])
+    node.wait_ready(cluster, [number], lifecycle.saved_options(cluster).gpus)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import deviceplugin_pb2 as messages
 import deviceplugin_pb2_grpc as services
@@ -37,10 +38,10 @@ class Plugin(services.DevicePluginServicer):
         names = [f"gpu{number}" for number in range(self.count)]
         return [(name, "Unhealthy" if name in bad else "Healthy") for name in names]
 
-    def GetDevicePluginOptions(self, request, context):  # noqa: N802 (the protocol's name)
+    def GetDevicePluginOptions(self, request: Any, context: Any) -> Any:
         return messages.DevicePluginOptions()
 
-    def ListAndWatch(self, request, context) -> Iterator[messages.ListAndWatchResponse]:  # noqa: N802
+    def ListAndWatch(self, request: Any, context: grpc.ServicerContext) -> Iterator[messages.ListAndWatchResponse]:
         told = None
         while context.is_active():
             if (devices := self.devices()) != told:
@@ -49,7 +50,7 @@ class Plugin(services.DevicePluginServicer):
                 yield messages.ListAndWatchResponse(devices=listed)
             time.sleep(0.5)
 
-    def Allocate(self, request, context):  # noqa: N802
+    def Allocate(self, request: Any, context: Any) -> Any:
         print("allocate", [list(wanted.devices_ids) for wanted in request.container_requests], flush=True)
         # "void" tells a real NVIDIA runtime to keep out; the devices' names say what was allocated
         return messages.AllocateResponse(

@@ -34,7 +34,8 @@ def opened() -> Iterator[list[str]]:
         socket = f"{scratch}/containerd.sock"
         config = Path(scratch) / "config.toml"
         config.write_text(
-            f'version = 2\nroot = "{_STORE}"\nstate = "{scratch}/state"\ndisabled_plugins = ["io.containerd.grpc.v1.cri"]\n'
+            f'version = 2\nroot = "{_STORE}"\nstate = "{scratch}/state"\n'
+            'disabled_plugins = ["io.containerd.grpc.v1.cri"]\n'
             f'[grpc]\naddress = "{socket}"\n[ttrpc]\naddress = "{scratch}/ttrpc.sock"\n'
             f'[plugins."io.containerd.internal.v1.opt"]\npath = "{scratch}/opt"\n'
         )
@@ -46,7 +47,7 @@ def opened() -> Iterator[list[str]]:
         try:
             wait_for(
                 "containerd of the seed",
-                lambda: subprocess.run([*ctr, "version"], capture_output=True).returncode == 0,
+                lambda: subprocess.run([*ctr, "version"], capture_output=True, check=False).returncode == 0,
                 30,
             )
             yield ctr
