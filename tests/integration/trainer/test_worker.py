@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,6 +115,38 @@ def test_prepare_parks_all_at_one_step(make_world: MakeWorld) -> None:
     steps = {world.state(pod).progress.step for pod in (0, 1)}
     assert steps == {world.state(pod).snapshot_step for pod in (0, 1)} and len(steps) == 1
     world.kill()
+
+
+@pytest.mark.parametrize(
+    "lora", [{"dropout": 0.3}, {"freezeA": True}, {"loraPlusRatio": 16.0, "dropout": 0.1}, {"useDora": True}], ids=str
+)
+def test_switches_do_not_know_the_world_size(make_world: MakeWorld, lora: dict[str, Any]) -> None:
+    """Dropout masks, frozen halves and rates of their own: two ranks do what one does."""
+    one, two = (make_world(name, lora=lora, dataset=NO_EVAL, training={"maxSteps": 3}) for name in ("one", "two"))
+    assert one.run([0]) == [0] and two.run([0, 1]) == [0, 0]
+    assert one.adapter().keys() == two.adapter().keys()
+    for name, tensor in one.adapter().items():
+        torch.testing.assert_close(two.adapter()[name], tensor, rtol=0, atol=1e-3 * float(tensor.abs().max()))
+
+
+def test_conversations_an_evaluation_set_and_early_stopping(make_world: MakeWorld, tmp_path: Path) -> None:
+    """Assistant turns alone count; the run ends when the evaluation has stopped to improve."""
+
+    def conversation(i: int) -> dict[str, Any]:
+        turns = [("user", f"row {i}"), ("assistant", "the quick brown fox"), ("user", "why"), ("assistant", "lazy dog")]
+        return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+    for name, rows in (("train", range(24)), ("eval", range(100, 106))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(conversation(i)) + "\n" for i in rows))
+    dataset = {"trainOn": "assistant", "evalFraction": 0.0, "evalUri": f"file://{tmp_path}/eval.jsonl"}
+    training = {"maxSteps": 200, "evalIntervalSteps": 2, "earlyStoppingPatience": 1, "learningRate": 0.3}
+    world = make_world("chat", data=tmp_path / "train.jsonl", dataset=dataset, training={**training, "maxLength": 64})
+    assert world.run([0, 1]) == [0, 0]
+    state = world.state(0)
+    assert state.progress.step < 200 and state.progress.step % 2 == 0
+    history = json.loads((world.root / "bucket/run-01234567/adapter/metrics.json").read_text())["history"]
+    losses = [loss for _, loss in history["evaluations"]]
+    assert losses[-1] >= min(losses[:-1]) and losses == sorted(losses[:-1], reverse=True) + losses[-1:]
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,7 @@ def _from_hub(
             repo_type=secret,
             revision=revision,
             allow_patterns=list(patterns),
+            ignore_patterns=["*/*"] if top_only else None,
             cache_dir=env.cache_dir / "hub",
             token=token.read_text().strip() if token.is_file() else None,
         )
