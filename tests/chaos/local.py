@@ -31,14 +31,16 @@ KUBELET_SECONDS = 0.02
 class LocalCluster:
     """Runs one TrainConfig until it is over. `capacity` is how many pods may live now."""
 
-    def __init__(self, config: TrainConfig, folder: Path, environment: dict[str, str], settings: Settings) -> None:
+    def __init__(
+        self, config: TrainConfig, folder: Path, environment: dict[str, str], settings: Settings, fork: bool = False
+    ) -> None:
         self.config, self.folder, self.settings = config, folder, settings
         self.capacity = config.spec.elastic_policy.max_nodes
         self.status = QLoRAFinetuneStatus()
         self.pods: dict[str, PodProcess] = {}
         self.history: list[tuple[float, str]] = []
         self.key = Key(config.run.namespace, config.run.name)
-        self._environment = environment
+        self._environment, self._fork = environment, fork
         self._network = f"127.{random.randrange(1, 255)}.{random.randrange(0, 255)}"
         self._num_pods, self._port = 0, 0
         self._loop = asyncio.new_event_loop()
@@ -200,7 +202,7 @@ class LocalCluster:
         address = f"{self._network}.{self._num_pods}"
         url = f"http://127.0.0.1:{self._port}"
         config = self.folder / "config.json"
-        self.pods[name] = start_pod(name, address, self.folder / name, config, url, self._environment)
+        self.pods[name] = start_pod(name, address, self.folder / name, config, url, self._environment, self._fork)
         self.note(f"{name} started")
 
     def _delete(self, pod: PodProcess) -> None:

@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.chaos.zygote import ForkedPod
+
 
 @dataclass
 class PodProcess:
@@ -20,7 +22,7 @@ class PodProcess:
     incarnation: int
     address: str
     folder: Path
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkedPod
     started: float = field(default_factory=time.monotonic)
     deleting_since: float | None = None
     lost: bool = False  # its node is gone without a word: the API server still believes in it
@@ -72,14 +74,16 @@ class PodProcess:
             pass
 
 
-def start_pod(name: str, address: str, folder: Path, config: Path, url: str, extra: dict[str, str]) -> PodProcess:
-    """Start the agent of pod `name` (RUN-INDEX-INCARNATION) with an empty RUN_DIR."""
+def start_pod(
+    name: str, address: str, folder: Path, config: Path, url: str, extra: dict[str, str], fork: bool
+) -> PodProcess:
+    """Start the agent of pod `name` (RUN-INDEX-INCARNATION) with an empty RUN_DIR; `fork`: from the zygote."""
     index, incarnation = (int(part) for part in name.rsplit("-", 2)[1:])
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "tmp").mkdir(parents=True)
     (folder / "token").write_text(name)
-    environment = {
-        **{key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"},
+    (folder / "log").touch()
+    own = {
         "OMP_NUM_THREADS": "1",
         "TMPDIR": str(folder / "tmp"),
         "GLOO_SOCKET_IFNAME": "lo",
@@ -91,12 +95,16 @@ def start_pod(name: str, address: str, folder: Path, config: Path, url: str, ext
         "QLORA_POD_NAME": name,
         "QLORA_POD_UID": f"uid-{name}",
         "QLORA_POD_IP": address,
+        "CHAOS_LOG": str(folder / "log"),
         **extra,
     }
+    if fork:
+        return PodProcess(name, index, incarnation, address, folder, ForkedPod(own, folder / "log"))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "qlora_trainer.agent"],
-            env=environment,
+            env={**environment, **own},
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""The smallest real run: a Llama of two layers, a byte-level tokenizer, a few hundred sentences, a file:// bucket."""
+"""The smallest real run: a Llama of one layer, a byte-level tokenizer, a few hundred sentences, a file:// bucket."""
 
 import json
 from pathlib import Path
@@ -18,8 +18,8 @@ def make_sources(folder: Path, num_samples: int = 480) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(**shape, num_key_value_heads=2, vocab_size=300, max_position_embeddings=64, eos_token_id=0)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(**shape, num_key_value_heads=1, vocab_size=300, max_position_embeddings=64, eos_token_id=0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -42,7 +42,7 @@ def make_config(folder: Path, uid: str, num_steps: int, max_nodes: int, **spec: 
         "lora": {"r": 4, "alpha": 8},
         "training": {
             "maxSteps": num_steps,
-            "globalBatchSize": 6,
+            "globalBatchSize": 3,
             "microBatchSize": 1,
             "maxLength": 32,
             "learningRate": 1e-3,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from qlora_trainer import snapshot
 from qlora_trainer.snapshot import SnapshotSlots
 

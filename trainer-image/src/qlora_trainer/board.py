@@ -189,8 +189,9 @@ class Board:
                 return False
             if self._wanted_since is None:
                 self._wanted_since = time.monotonic()
-            training = self._worker is not None and self._worker.phase == Phase.TRAINING
-            return not training or time.monotonic() - self._wanted_since > self._park_seconds()
+            starting = self._worker is None or self._worker.phase == Phase.STARTING
+            late = time.monotonic() - self._wanted_since > self._park_seconds()
+            return parked or starting or late
 
     def _park_seconds(self) -> float:
         steps = sorted(self._step_seconds)

@@ -1,0 +1,79 @@
+"""The cells of the kill grid: where, who, how, in which world."""
+
+import itertools
+import random
+from dataclasses import dataclass
+
+POINTS = (
+    "data",
+    "forward",
+    "backward",
+    "all-reduce",
+    "optimizer",
+    "snapshot",
+    "header-write",
+    "upload",
+    "manifest",
+    "rendezvous",
+    "warm-up",
+)
+WHO = ("rank 0", "other", "two", "all")
+HOW = ("SIGKILL", "SIGTERM", "SIGSTOP", "node")  # node: all of the pod's processes die at once
+WORLDS = ("1", "2", "3", "3 changed")  # changed: what was lost comes back later, the run goes on without it
+MAX_NODES = 3
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fault."""
+
+    point: str
+    who: str
+    how: str
+    world: str
+
+    @property
+    def size(self) -> int:
+        return int(self.world[0])
+
+    @property
+    def lag_allowed(self) -> bool:
+        """All pods gone without notice: only the durable tier is left."""
+        return self.how == "node" and self.who == "all"
+
+    def victims(self) -> tuple[int, ...]:
+        """Ranks that are hit."""
+        return {"rank 0": (0,), "other": (self.size - 1,), "two": (0, self.size - 1), "all": tuple(range(self.size))}[
+            self.who
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.point} / {self.who} / {self.how} / world {self.world}"
+
+
+def every_cell() -> list[Cell]:
+    """The whole grid without the cells that mean nothing: no other than rank 0 in a world of one."""
+    cells = [Cell(*values) for values in itertools.product(POINTS, WHO, HOW, WORLDS)]
+    return [cell for cell in cells if _makes_sense(cell)]
+
+
+def _makes_sense(cell: Cell) -> bool:
+    if cell.size == 1 and cell.who in ("other", "two"):
+        return False
+    if cell.size == 2 and cell.who == "two":
+        return False  # the same as all
+    if cell.point == "warm-up" and cell.size == MAX_NODES:
+        return False  # nobody is missing who could warm up
+    return not (cell.world == "3 changed" and cell.who == "all")
+
+
+def sample(number: int, seed: int) -> list[Cell]:
+    """So many cells, every point with every way first, then at random; sorted so that worlds change rarely."""
+    chance = random.Random(seed)
+    cells = every_cell()
+    chance.shuffle(cells)
+    pairs: set[tuple[str, str]] = set()
+    first = [cell for cell in cells if (cell.point, cell.how) not in pairs and not pairs.add((cell.point, cell.how))]
+    rest = [cell for cell in cells if cell not in first]
+    chosen = (first + rest)[:number]
+    return sorted(chosen, key=lambda cell: (cell.world, cells.index(cell)))

@@ -1,0 +1,178 @@
+"""The kill grid: `python -m tests.chaos.grid [--smoke | --fast | --cells N] [--seed S]`. No cluster needed.
+
+Each group of cells strikes one run of the real trainer; afterwards the run is compared with an undisturbed one: the
+same samples in the same order, the same adapter. Ends with one line of JSON.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.chaos import tiny
+from tests.chaos.cells import Cell, every_cell, sample
+from tests.chaos.driver import Driver, Outcome
+from tests.chaos.local import LocalCluster
+from tests.chaos.verify import TOLERANCE, Comparison, Steps, compare, read_steps
+from tests.chaos.zygote import start_zygote
+
+from qlora_operator.settings import Settings
+
+CELLS = {"smoke": 8, "fast": 60}
+CELLS_PER_RUN = 12
+STEPS_PER_CELL = 40
+SPARE_STEPS = 25  # a cell begins only while so many steps are left
+MAX_LOST = 1
+SETTINGS = Settings(
+    trainer_image="none",
+    coordinator_url="http://none",
+    lease_seconds=2.0,
+    drop_seconds=0.5,
+    fresh_seconds=1.2,
+    silent_seconds=5.0,
+    start_wait_seconds=3.0,
+    grace_period_seconds=20,
+)
+
+
+@dataclass
+class Report:
+    """All runs together."""
+
+    outcomes: list[Outcome]
+    comparisons: list[Comparison]
+    failed: list[str]
+
+    def line(self, seed: int, seconds: float) -> dict[str, object]:
+        times = sorted(o.seconds for o in self.outcomes if o.seconds is not None)
+        lost = [o.steps_lost for o in self.outcomes if not o.cell.lag_allowed]
+        return {
+            "cells": len(self.outcomes),
+            "failed": len(self.failed),
+            "max_steps_lost": max(lost, default=None),
+            "max_steps_lost_all_pods_gone": max((o.steps_lost for o in self.outcomes if o.cell.lag_allowed), default=0),
+            "wrong_samples": sum(c.wrong_samples for c in self.comparisons),
+            "half_written": sum(c.half_written for c in self.comparisons),
+            "adapters_differing": sum(c.adapter_distance > TOLERANCE for c in self.comparisons),
+            "recovery_p50_seconds": round(statistics.median(times), 2) if times else None,
+            "recovery_p99_seconds": round(times[min(len(times) - 1, int(len(times) * 0.99))], 2) if times else None,
+            "seed": seed,
+            "seconds": round(seconds),
+        }
+
+    @property
+    def is_good(self) -> bool:
+        lost = all(o.cell.lag_allowed or o.steps_lost <= MAX_LOST for o in self.outcomes)
+        same = all(not c.wrong_samples and not c.half_written for c in self.comparisons)
+        close = all(c.adapter_distance <= TOLERANCE for c in self.comparisons)
+        return bool(self.outcomes) and not self.failed and lost and same and close
+
+
+class Grid:
+    """Runs of one length over one model; the undisturbed one first."""
+
+    def __init__(self, folder: Path, num_steps: int) -> None:
+        self._folder, self._num_steps, self._number = folder, num_steps, 0
+        tiny.make_sources(folder)
+        self._slow = folder / "slow"
+        self._reference = self._undisturbed()
+
+    def strike(self, cells: list[Cell], report: Report) -> list[Cell]:
+        """One run with these faults, one after the other; then the comparison. Returns the cells it had no time for."""
+        left = list(cells)
+        self._slow.touch()
+        with self._cluster() as cluster:
+            driver = Driver(cluster, cluster.folder / "faults")
+            while left and driver.step() < self._num_steps - SPARE_STEPS:
+                cell = left.pop(0)
+                try:
+                    outcome = driver.run(cell)
+                except AssertionError as error:
+                    report.failed.append(f"{cell}: {error}")
+                    print(f"FAILED {cell}\n{error}", flush=True)
+                    return left
+                report.outcomes.append(outcome)
+                took = "no pause" if outcome.seconds is None else f"{outcome.seconds:5.2f} s"
+                print(f"{took}  lost {outcome.steps_lost}  step {driver.step():4d}  {cell}", flush=True)
+            self._slow.unlink()
+            steps = self._finish(cluster)
+        found = compare(steps, cluster.folder / "bucket", *self._reference)
+        report.comparisons.append(found)
+        print(f"run {self._number}: {found}", flush=True)
+        shutil.rmtree(cluster.folder)
+        return left
+
+    def _undisturbed(self) -> tuple[Steps, Path]:
+        started = time.monotonic()
+        with self._cluster(max_nodes=1) as cluster:
+            steps = self._finish(cluster)
+        print(f"reference of {self._num_steps} steps in {time.monotonic() - started:.0f} s", flush=True)
+        return steps, cluster.folder / "bucket"
+
+    def _finish(self, cluster: LocalCluster) -> Steps:
+        """Let the run end and read what its pods traced."""
+        cluster.wait_for(lambda: cluster.is_over, 300, "the end of the run")
+        assert cluster.status.artifacts is not None, cluster.describe()
+        return read_steps(sorted(cluster.folder.glob("chaos-*/run")))
+
+    def _cluster(self, max_nodes: int = 3) -> LocalCluster:
+        self._number += 1
+        folder = self._folder / f"run-{self._number}"
+        folder.mkdir()
+        environment = {
+            "QLORA_WORKER": "tests.chaos.real:run",
+            "QLORA_WARM_UP": "tests.chaos.real:warm",
+            "QLORA_FLUSH": "tests.chaos.real:flush",
+            "QLORA_TRACE": "1",
+            "QLORA_DEVICE": "cpu",
+            "QLORA_CACHE_DIR": str(self._folder / "cache"),
+            "QLORA_FAULTS": str(folder / "faults"),
+            "CHAOS_OUTPUT": f"file://{folder}/bucket",
+            "CHAOS_SLOW": str(self._slow),
+        }
+        config = tiny.make_config(self._folder, f"{self._number:08d}", self._num_steps, max_nodes)
+        return LocalCluster(config, folder, environment, SETTINGS, fork=True)
+
+
+def run(cells: list[Cell], seed: int) -> int:
+    """Carry the cells out; 0 when every promise was kept."""
+    started, report = time.monotonic(), Report([], [], [])
+    os.environ.update(QLORA_WORKER="tests.chaos.real:run", OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    start_zygote()
+    with tempfile.TemporaryDirectory(prefix="chaos-", dir="/dev/shm") as name:
+        grid = Grid(Path(name), STEPS_PER_CELL * min(len(cells), CELLS_PER_RUN))
+        left = list(cells)
+        while left:
+            group, left = left[:CELLS_PER_RUN], left[CELLS_PER_RUN:]
+            left = grid.strike(group, report) + left
+    for failure in report.failed:
+        print(f"FAILED {failure.splitlines()[0]}")
+    print(json.dumps(report.line(seed, time.monotonic() - started)), flush=True)
+    return 0 if report.is_good else 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--smoke", action="store_true", help="a few cells, for `make test`")
+    size.add_argument("--fast", action="store_true", help="under ten minutes")
+    size.add_argument("--cells", type=int, help="so many cells")
+    parser.add_argument("--seed", type=int, default=None)
+    options = parser.parse_args()
+    seed = options.seed if options.seed is not None else int(time.time()) % 100_000
+    number = options.cells or CELLS["smoke" if options.smoke else "fast"]
+    if not (options.smoke or options.fast or options.cells):
+        number = len(every_cell())
+    print(f"seed {seed}, {number} cells", flush=True)
+    return run(sample(number, seed), seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""What the agent's board tells the coordinator and the workers."""
+
+from pathlib import Path
+
+import pytest
+
+from qlora_api.run import AgentState, Command, ExitCode, Membership, Termination
+from qlora_api.status import Member, Progress
+from qlora_trainer import board as board_module
+from qlora_trainer.board import Board, killed
+from qlora_trainer.control import Control, Phase, WorkerState, read_control
+
+
+def member(uid: str) -> Member:
+    return Member(pod_uid=uid, pod_name=f"pod-{uid}", address=f"10.0.0.{uid}")
+
+
+def view(generation: int, *uids: str, prepare: int | None = None, command: Command = Command.RUN) -> Membership:
+    members = [member(uid) for uid in uids]
+    return Membership(generation=generation, members=members, prepare=prepare or generation, command=command)
+
+
+def worker(generation: int, step: int, phase: Phase = Phase.TRAINING) -> WorkerState:
+    return WorkerState(generation=generation, phase=phase, progress=Progress(step=step), snapshot_step=step)
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Board:
+    return Board(tmp_path, "10.0.0.1", "1")
+
+
+@pytest.fixture
+def joined(board: Board) -> Board:
+    """A member of generation 1 whose worker has done two steps."""
+    board.hear(view(0))
+    board.set_state(AgentState.READY)
+    board.hear(view(1, "1", "2"))
+    assert board.await_generation(0) is not None
+    board.join(1)
+    board.watch(0, worker(1, 1))
+    board.watch(0, worker(1, 2))
+    return board
+
+
+def test_a_generation_that_was_there_before_us_is_not_ours(board: Board) -> None:
+    """The container restarted: its pod is in the old list, but nobody waits for it in that generation."""
+    board.hear(view(5, "1", "2"))
+    assert board.await_generation(0) is None
+    board.hear(view(6, "2"))
+    assert board.await_generation(0) is None
+    board.hear(view(7, "2", "1"))
+    found = board.await_generation(0)
+    assert found is not None and found[:2] == (7, 1)
+
+
+def test_an_older_answer_changes_nothing(joined: Board) -> None:
+    joined.hear(view(2, "1"))
+    joined.hear(view(1, "1", "2"))
+    assert joined.view.generation == 2
+
+
+def test_workers_are_told_what_the_coordinator_wants(joined: Board, tmp_path: Path) -> None:
+    assert read_control(tmp_path) == Control(generation=1, prepare=1)
+    joined.hear(view(1, "1", "2", prepare=2))
+    assert read_control(tmp_path) == Control(generation=1, prepare=2)
+    joined.hear(view(2, "1"))
+    assert read_control(tmp_path).generation == 1, "these workers stay of the generation that they were started in"
+    joined.hear(view(2, "1", command=Command.STOP))
+    assert read_control(tmp_path).command == Command.STOP
+
+
+def test_workers_that_train_are_let_alone(joined: Board) -> None:
+    assert not joined.may_end_workers(1)
+    assert not joined.superseded()
+
+
+def test_workers_are_ended_when_they_are_parked(joined: Board) -> None:
+    joined.hear(view(1, "1", "2", prepare=2))
+    assert joined.superseded()
+    assert not joined.may_end_workers(1)
+    joined.watch(0, worker(1, 3, Phase.PARKED))
+    assert not joined.may_end_workers(2), "one of two"
+    assert joined.may_end_workers(1)
+
+
+def test_workers_that_start_have_nothing_to_lose(joined: Board) -> None:
+    joined.watch(0, worker(1, 0, Phase.STARTING))
+    joined.hear(view(1, "1", "2", prepare=2))
+    assert joined.may_end_workers(1)
+
+
+def test_workers_that_wait_for_a_lost_peer_are_ended_after_a_while(
+    joined: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined.hear(view(1, "1", "2", prepare=2))
+    assert not joined.may_end_workers(1)
+    monkeypatch.setattr(board_module, "PARK_FLOOR_SECONDS", 0.0)
+    monkeypatch.setattr(board_module, "PARK_STEPS", 0.0)
+    assert joined.may_end_workers(1)
+
+
+def test_a_worker_of_an_older_generation_is_not_looked_at(joined: Board) -> None:
+    joined.join(2)
+    joined.watch(0, worker(1, 9))
+    assert joined.worker is None and joined.report(0).snapshot_step == 2, "what the memory tier holds is still known"
+
+
+def test_the_reason_is_told_until_the_next_generation(joined: Board) -> None:
+    lost = Termination(exit_code=ExitCode.LOST_PEER, reason="LostPeer")
+    joined.set_state(AgentState.FAILED, lost)
+    joined.set_state(AgentState.READY)
+    report = joined.report(0)
+    assert (report.state, report.generation, report.termination) == (AgentState.READY, 1, lost)
+    joined.join(2)
+    assert joined.report(0).termination is None
+
+
+def test_who_was_told_to_leave_joins_nothing_more(joined: Board, tmp_path: Path) -> None:
+    joined.request_leave()
+    assert joined.report(0).state == AgentState.LEAVING
+    joined.hear(view(2, "1"))
+    assert joined.await_generation(0) is None
+    joined.force_park()
+    assert read_control(tmp_path).prepare == 2
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "oom", "code"), [(-9, False, 137), (-9, True, ExitCode.OUT_OF_MEMORY), (3, False, 3)]
+)
+def test_ends_without_a_word(exit_code: int, oom: bool, code: int) -> None:
+    assert killed(exit_code, oom)[0] == code
