@@ -20,6 +20,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NoReturn
 
+from qlora_api.run import RUN_DIR
 from qlora_trainer.control import ENV_GENERATION, ENV_RUN_DIR, read_control
 
 PRELOAD = "qlora_trainer.preload"
@@ -73,7 +74,7 @@ def show_stacks_on_usr1() -> None:
 def work() -> None:
     """Entry point under torch elastic, in a process forked from the warm server."""
     die_with_agent()
-    run_dir = Path(os.environ[ENV_RUN_DIR])
+    run_dir = _run_dir()
     _redirect_output(run_dir / f"log-{os.environ['LOCAL_RANK']}")
     show_stacks_on_usr1()
     os.environ[ENV_GENERATION] = str(read_control(run_dir).generation)
@@ -94,8 +95,13 @@ def flush() -> None:
 
 def _run_alone(name: str) -> None:
     die_with_agent()
-    _redirect_output(Path(os.environ[ENV_RUN_DIR]) / "log-0")
+    _redirect_output(_run_dir() / "log-0")
     _end(_load(name)() or 0)
+
+
+def _run_dir() -> Path:
+    """The pod's environment has it or the default holds: what the agent sets does not reach the fork server."""
+    return Path(os.environ.get(ENV_RUN_DIR, RUN_DIR))
 
 
 def _end(code: int) -> NoReturn:
