@@ -44,6 +44,8 @@ def up(cluster: Cluster, options: Options) -> None:
             s3.binary()
             deviceplugin.prepare()
             seed.ensure_pause()
+        if namespaces.find(cluster.dir) and saved_options(cluster).quick != options.quick:
+            say("it runs with other times of node death: they change with the next down and up")
         (cluster.dir / "options.json").write_text(json.dumps(asdict(options)))
         timing = QUICK if options.quick else STEADY
         outer = controlplane.ensure(cluster, timing, options.only_api)

@@ -6,6 +6,7 @@ Uses the running cluster of CLUSTER_NAME (`make cluster-up`); these tests kill a
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ import boto3
 import botocore.exceptions
 import pytest
 from hack.cluster import lifecycle, namespaces, node, s3
-from hack.cluster.settings import DEFAULT_NAME, Cluster, load
+from hack.cluster.settings import DEFAULT_NAME, PROJECT, Cluster, load
 
 NAMESPACE = "cluster-test"
 SERVER = "import http.server as h; h.ThreadingHTTPServer(('', 8000), h.SimpleHTTPRequestHandler).serve_forever()"
@@ -145,6 +146,18 @@ def test_a_pod_gets_a_gpu_of_its_own(kubectl: Kubectl, pods: list[str]) -> None:
     for name in pods:
         assert kubectl.python(name, "import os; print(os.environ['SIMULATED_GPUS'])").startswith("gpu")
         assert kubectl.python(name, "import os; print(os.getuid())") == "65532"
+
+
+def test_the_image_carries_the_working_trees_code(kubectl: Kubectl, pods: list[str]) -> None:
+    code = (
+        "import hashlib, json, pathlib, qlora_api, qlora_operator\n"
+        "print(json.dumps({f'{m.__name__}/{f.name}': hashlib.sha256(f.read_bytes()).hexdigest()\n"
+        "  for m in (qlora_api, qlora_operator) for f in pathlib.Path(m.__file__).parent.glob('*.py')}))"
+    )
+    folders = [PROJECT / "api/src/qlora_api", PROJECT / "operator/src/qlora_operator"]
+    files = {f"{folder.name}/{file.name}": file for folder in folders for file in folder.glob("*.py")}
+    expected = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+    assert json.loads(kubectl.python(pods[0], code)) == expected
 
 
 def test_every_pod_reaches_every_service_by_its_name(kubectl: Kubectl, pods: list[str]) -> None:
