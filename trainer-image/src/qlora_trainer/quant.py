@@ -2,7 +2,7 @@
 
 A weight of n elements becomes up to four ranges of a blob: `codes` (two 4-bit indices a byte, the first in the high
 nibble), `absmax` (a scale per 64 elements) and, with double quantization, `absmax2` (float32 per 256 scales)
-and `mean` (float32). value = code4[index] * scale, scale = code8[absmax] * absmax2 + mean (arXiv:2305.14314, section 3).
+and `mean` (float32). value = code4[index] * scale, scale = code8[absmax] * absmax2 + mean (arXiv:2305.14314, 3).
 
 Rules: quantization is bitsandbytes' own function, so there is nothing to drift; dequantization multiplies in float32
 without fused multiply-add and rounds once, as bitsandbytes does. No module of bitsandbytes is used: its `Linear4bit`
