@@ -39,6 +39,8 @@ def spec(length=2048, r=16, quantization="nf4", **training):
     )
 
 
+SMALL_70B = {"gradientCheckpointing": "full", "shardingStrategy": "FULL_SHARD", "length": 1024}
+
 # torch.cuda.max_memory_allocated of benchmarks/gpu_worker.py, 2 x H200, 2026-11-22
 MEASURED = [
     (LLAMA_8B, {"gradientCheckpointing": "none"}, 1, 4, 43.894),
@@ -48,6 +50,10 @@ MEASURED = [
     (LLAMA_8B, {"gradientCheckpointing": "none", "quantization": "none"}, 1, 4, 53.541),
     (LLAMA_8B, {"gradientCheckpointing": "none", "shardingStrategy": "FULL_SHARD"}, 2, 4, 42.217),
     (LLAMA_8B, {"gradientCheckpointing": "full", "shardingStrategy": "FULL_SHARD"}, 2, 4, 7.978),
+    (LLAMA_8B, {"gradientCheckpointing": "none", "shardingStrategy": "SHARD_GRAD_OP"}, 2, 4, 45.570),
+    (LLAMA_70B, {"gradientCheckpointing": "none", "shardingStrategy": "FULL_SHARD"}, 2, 1, 68.288),
+    (LLAMA_70B, {**SMALL_70B}, 2, 1, 25.094),
+    (LLAMA_70B, {**SMALL_70B, "cpuOffload": True}, 2, 1, 8.651),
 ]
 
 

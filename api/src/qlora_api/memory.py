@@ -219,8 +219,9 @@ def _base_bytes(spec: QLoRAFinetuneSpec, shapes: Shapes, world_size: int, shardi
     layer = layer_bytes(spec, shapes)
     if sharding == "NO_SHARD":
         return shapes.num_layers * layer
-    shards = 0 if spec.training.cpu_offload else shapes.num_layers * -(-layer // world_size)
-    whole = shapes.num_layers if sharding == "SHARD_GRAD_OP" else 1  # gathered at the peak
+    shard = -(-layer // world_size)
+    shards = shard if spec.training.cpu_offload else shapes.num_layers * shard  # offloaded: the one on its way
+    whole = shapes.num_layers if sharding == "SHARD_GRAD_OP" else 2  # the layer in use and the next one
     return shards + whole * layer
 
 

@@ -98,7 +98,7 @@ class TrainableModel:
 
         input_ids, labels, position_ids: (batch, length) int64; labels unshifted, -100 is ignored. Positions that
         restart at 0 mark packed samples, which neither attend to nor predict each other. Pass them from the host:
-        looking for restarts on the GPU waits for it.
+        looking for restarts on the GPU waits for it. Call `backward` before the next `loss`: it refreshes the copies.
         """
         packed = position_ids is not None and bool((position_ids[:, 1:] == 0).any())
         shifted = torch.full_like(labels, IGNORED)
