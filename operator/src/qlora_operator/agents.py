@@ -159,8 +159,9 @@ def _heard_members(o: Observed) -> list[Agent]:
 
 
 def newest_progress(o: Observed) -> Progress:
-    """The members' furthest progress; what status says while nobody reports any."""
-    reports = [agent.report.progress for agent in _heard_members(o) if agent.report.progress is not None]
+    """The members' furthest progress, or what status says; a worker that starts knows no total yet and has none."""
+    told = [agent.report.progress for agent in _heard_members(o)]
+    reports = [progress for progress in told if progress is not None and progress.total_steps]
     return max(reports, key=lambda progress: progress.step, default=o.status.progress)
 
 
