@@ -114,7 +114,7 @@ class Driver:
     def _strike(self, cell: Cell, victims: list[PodProcess]) -> None:
         for pod in victims:
             if cell.how == "SIGTERM":
-                pod.terminate()
+                self.cluster.delete(pod)  # as the kubelet sends it: to a pod that is being deleted
             elif cell.how == "SIGSTOP":
                 pod.freeze()
             elif cell.how == "node":

@@ -166,9 +166,9 @@ class LocalCluster:
 
     async def _start_operator(self) -> None:
         self._reconciler = Reconciler(self, self.settings)  # type: ignore[arg-type]
-        self._runner = web.AppRunner(self._reconciler.coordinator.application(), access_log=None)
+        self._runner = web.AppRunner(self._reconciler.coordinator.application(), access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self._port, shutdown_timeout=0.1)
+        site = web.TCPSite(self._runner, "127.0.0.1", self._port)
         await site.start()
         self._port = self._runner.addresses[0][1]
         self._reconciler.coordinator.ready = True

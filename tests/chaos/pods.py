@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -79,7 +78,8 @@ def start_pod(
 ) -> PodProcess:
     """Start the agent of pod `name` (RUN-INDEX-INCARNATION) with an empty RUN_DIR; `fork`: from the zygote."""
     index, incarnation = (int(part) for part in name.rsplit("-", 2)[1:])
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():  # a pod of this name died before it was a member; what it traced still counts
+        folder.rename(folder.with_name(f"{folder.name}.{time.monotonic_ns()}"))
     (folder / "tmp").mkdir(parents=True)
     (folder / "token").write_text(name)
     (folder / "log").touch()

@@ -24,6 +24,10 @@ def warm() -> None:
     time.sleep(WARM_SECONDS)
 
 
+def flush() -> None:
+    """There is no bucket."""
+
+
 def main() -> int:
     """Exit code as the real worker's."""
     try:

@@ -46,14 +46,15 @@ def read_steps(folders: list[Path]) -> Steps:
 
 def compare(steps: Steps, bucket: Path, reference_steps: Steps, reference_bucket: Path) -> Comparison:
     """The run in `bucket` against the reference."""
-    wrong = sum(steps.get(step) != micros for step, micros in reference_steps.items())
-    wrong += len(steps.keys() - reference_steps.keys())
+    wrong = [step for step in steps.keys() | reference_steps.keys() if steps.get(step) != reference_steps.get(step)]
+    for step in sorted(wrong)[:5]:
+        print(f"step {step}: consumed {steps.get(step)}, not {reference_steps.get(step)}", flush=True)
     mine, reference = _adapter(bucket), _adapter(reference_bucket)
     assert mine.keys() == reference.keys() and mine, "the adapters have different tensors"
     scale = max(float(tensor.abs().max()) for tensor in reference.values())
     distance = max(float((mine[name] - reference[name]).abs().max()) for name in mine) / scale
     equal = all(torch.equal(mine[name], reference[name]) for name in mine)
-    return Comparison(wrong, num_half_written(bucket), distance, equal)
+    return Comparison(len(wrong), num_half_written(bucket), distance, equal)
 
 
 def num_half_written(bucket: Path) -> int:
