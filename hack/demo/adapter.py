@@ -52,8 +52,9 @@ def compare(model_folder: Path, adapter_folder: Path, num_tokens: int = 24) -> l
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    torch.set_num_threads(1)  # beside a busy cluster two threads wait for each other at every token
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, adapter_folder).eval()
 
     def answer(word: str) -> str:
