@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.chaos.zygote import ForkedPod
 
 
-@dataclass
+@dataclass(eq=False)
 class PodProcess:
     """One pod. Its processes share a process group; the first is the agent's PID 1."""
 

@@ -64,7 +64,10 @@ class InPod:
 
     def __call__(self, *args: Any) -> Any:
         os.environ.update(self._environment)
-        os.setpgid(0, int(self._environment[_GROUP]))
+        try:
+            os.setpgid(0, int(self._environment[_GROUP]))
+        except PermissionError:
+            os._exit(1)  # the pod was killed while this process began
         tempfile.tempdir = None
         return getattr(importlib.import_module(self._module), self.__name__)(*args)
 

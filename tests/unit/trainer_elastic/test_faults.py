@@ -1,11 +1,13 @@
 """Scripted faults happen once, where they were asked for, and never unasked."""
 
 import json
+import multiprocessing
 import os
 import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,6 +68,15 @@ def test_hold_until_released(plan: Path) -> None:
     (plan.parent / "plan.f.release").touch()
     held.join(10)
     assert not held.is_alive()
+
+
+def test_a_worker_may_strike_its_agent(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(plan, action="agent:SIGTERM")
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(pid=4711))
+    struck = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: struck.append((pid, number)))
+    faults.reach("forward", 1)
+    assert struck == [(4711, signal.SIGTERM)]
 
 
 def test_an_unknown_point_is_a_mistake_of_ours(plan: Path) -> None:

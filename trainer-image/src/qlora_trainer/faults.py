@@ -5,12 +5,13 @@ Off unless QLORA_FAULTS names a file; then the file holds one JSON object a line
     {"id": "7", "point": "backward", "step": 12, "ranks": [0], "action": "SIGKILL"}
 
 `step` and `ranks` left out match any, `pod` matches QLORA_POD_NAME. Actions: a signal's name (sent to this process),
-`agent:SIGTERM` (sent to the pod's PID 1), or `hold`: stand still until `FILE.ID.release` exists, so that a driver can
+`agent:SIGTERM` (sent to the agent), or `hold`: stand still until `FILE.ID.release` exists, so that a driver can
 kill whomever it wants at exactly this point. A process that reaches its fault first leaves `FILE.ID.RANK` with the
 time: a fault happens once, however often the worker restarts.
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -20,7 +21,6 @@ from typing import Any
 from qlora_api.run import ENV_POD_NAME
 
 ENV_FAULTS = "QLORA_FAULTS"
-ENV_AGENT_PID = "QLORA_AGENT_PID"
 POINTS = (
     "data",
     "forward",
@@ -90,6 +90,8 @@ def _happen(file: Path, fault: dict[str, Any]) -> None:
         while not release.exists():
             time.sleep(0.005)
     elif action.startswith("agent:"):
-        os.kill(int(os.environ[ENV_AGENT_PID]), signal.Signals[action.removeprefix("agent:")])
+        agent = multiprocessing.parent_process()
+        assert agent is not None and agent.pid is not None, "only a worker has an agent"
+        os.kill(agent.pid, signal.Signals[action.removeprefix("agent:")])
     else:
         os.kill(os.getpid(), signal.Signals[action])

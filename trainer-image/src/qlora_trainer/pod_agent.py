@@ -233,9 +233,7 @@ def main() -> None:
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ends are explained in elastic.py
         env = AgentEnv.of_environment()
         env.run_dir.mkdir(parents=True, exist_ok=True)
-        os.environ[ENV_RUN_DIR] = str(env.run_dir)
         (env.run_dir / "agent.pid").write_text(str(os.getpid()))
-        os.environ[faults.ENV_AGENT_PID] = str(os.getpid())
         code = Agent(env).run()
     except BaseException:  # the outermost loop: PID 1 starts the agent again
         log.exception("the agent crashed")
