@@ -102,6 +102,7 @@ def make_config(base: Path, train_file: Path, output: str, **spec: dict[str, Any
         "quantization": {"computeDtype": "float32", "storageDtype": "float32"},
         "lora": {"r": 4, "alpha": 8},
         "training": {
+            "shardingStrategy": "FULL_SHARD",  # auto would keep so small a base whole on every rank
             "maxSteps": 6,
             "globalBatchSize": 6,
             "microBatchSize": 1,

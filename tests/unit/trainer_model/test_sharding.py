@@ -10,11 +10,13 @@ import torch
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 CASES = {
-    "full": {},
+    "full": {"training": {"sharding_strategy": "FULL_SHARD"}},
     "grad-op-dropout": {"training": {"sharding_strategy": "SHARD_GRAD_OP"}, "lora": {"dropout": 0.2}},
-    "offload-recompute": {"training": {"cpu_offload": True, "gradient_checkpointing": "full"}},
+    "offload-recompute": {
+        "training": {"sharding_strategy": "FULL_SHARD", "cpu_offload": True, "gradient_checkpointing": "full"}
+    },
     "unquantized-whole": {"training": {"sharding_strategy": "NO_SHARD"}, "quantization": {"type": "none"}},
-    "dora": {"lora": {"use_dora": True}},
+    "dora": {"training": {"sharding_strategy": "FULL_SHARD"}, "lora": {"use_dora": True}},
 }
 
 
