@@ -16,8 +16,9 @@ BRIDGE = "br0"
 
 def disconnect_host(cluster: Cluster) -> None:
     """Removes the host's link, and the routes with it: the kernel may take a minute to do so after the namespaces."""
-    if exists_on_host(cluster.host_link):
-        _host("link", "delete", cluster.host_link)
+    done = subprocess.run(["ip", "link", "delete", cluster.host_link], capture_output=True, text=True, check=False)
+    if done.returncode and exists_on_host(cluster.host_link):  # the kernel may have been quicker
+        raise RuntimeError(f"ip link delete {cluster.host_link}: {done.stderr.strip()}")
 
 
 def _host(*arguments: str) -> None:
