@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gpu_shapes import words_tokenizer
+
 T0 = float(os.environ["T0"])
 MICRO_BATCH, LENGTH, WARM = 4, 2048, 4
 RANK = int(os.environ.get("RANK", "0"))
@@ -34,19 +36,6 @@ def report(out: str, name: str, durations: list[float], first: float) -> None:
         file.write(json.dumps(result) + "\n")
     if RANK == 0:
         print(json.dumps(result), flush=True)
-
-
-def words_tokenizer() -> Any:
-    """A tokenizer that nobody calls: the samples are token ids already."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    names = ["<unk>", "<s>", "</s>", "<pad>", *(f"t{i}" for i in range(1000))]
-    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
 
 
 def run_hf(model_dir: str, out: str, steps: int, checkpointing: bool) -> None:

@@ -135,3 +135,16 @@ def train_config(**sections: dict[str, Any]) -> TrainConfig:
     for name, section in sections.items():
         spec[name] = {**spec.get(name, {}), **section}
     return TrainConfig.model_validate({"run": {"namespace": "bench", "name": "bench", "uid": "0"}, "spec": spec})
+
+
+def words_tokenizer() -> Any:
+    """A tokenizer that nobody calls: the samples are token ids already."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<unk>", "<s>", "</s>", "<pad>", *(f"t{i}" for i in range(1000))]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
