@@ -1,13 +1,14 @@
 """A real API server (etcd and kube-apiserver, no nodes) for the tests that need one, and kubectl as users run it."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hack.demo.kubectl import ROOT, Kubectl, cluster
 
-NAME = "integration"
+NAME = f"integration-{os.getpid()}"  # two sessions on one machine, from two clones say, must not share it
 
 
 @pytest.fixture(scope="session")
