@@ -24,7 +24,7 @@ from tests.chaos.zygote import start_zygote
 
 from qlora_operator.settings import Settings
 
-CELLS = {"smoke": 8, "fast": 60}
+CELLS = {"smoke": 8, "fast": 36}
 CELLS_PER_RUN = 12
 STEPS_PER_CELL = 40
 SPARE_STEPS = 25  # a cell begins only while so many steps are left
@@ -117,7 +117,7 @@ class Grid:
 
     def _finish(self, cluster: LocalCluster) -> Steps:
         """Let the run end and read what its pods traced."""
-        cluster.wait_for(lambda: cluster.is_over, 300, "the end of the run")
+        cluster.wait_for(lambda: cluster.is_over, 600, "the end of the run")
         assert cluster.status.artifacts is not None, cluster.describe()
         return read_steps(sorted(cluster.folder.glob("chaos-*/run")))
 
