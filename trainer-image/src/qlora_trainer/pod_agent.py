@@ -186,8 +186,7 @@ class Agent:
         while True:
             time.sleep(WATCH_SECONDS)
             for local_rank in range(self.env.num_workers):
-                path = self.env.run_dir / f"worker-{local_rank}.json"
-                stamp = path.stat().st_mtime_ns if path.exists() else 0
+                stamp = _stamp(self.env.run_dir / f"worker-{local_rank}.json")
                 if (
                     stamp
                     and seen.get(local_rank) != stamp
@@ -239,3 +238,11 @@ def main() -> None:
         log.exception("the agent crashed")
     finally:
         os._exit(code)
+
+
+def _stamp(path: Path) -> int:
+    """When the file was written, in ns; 0 when it is not there (it may go between two looks)."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
