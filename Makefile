@@ -60,7 +60,7 @@ verify: sync ## Fail when a generated file drifts from its source.
 
 ##@ Tests
 .PHONY: test
-test: lint typecheck verify lint-chart test-unit test-integration chaos-smoke test-e2e ## Everything: style, types, unit, integration, e2e on a real local cluster.
+test: lint typecheck verify lint-chart test-unit test-integration test-e2e ## Everything: style, types, unit, integration, e2e on a real local cluster.
 
 .PHONY: test-unit
 test-unit: sync ## Pure code, in seconds.
@@ -79,7 +79,7 @@ test-gpu: sync ## On a machine with GPUs: bytes, oracle, resume. CI has none.
 	$(RUN) pytest tests/gpu $(PYTEST_ARGS)
 
 .PHONY: chaos-smoke
-chaos-smoke: sync
+chaos-smoke: sync ## Eight cells of the kill grid.
 	$(RUN) python -m tests.chaos.grid --smoke
 
 .PHONY: chaos-fast
