@@ -169,10 +169,18 @@ def test_every_pod_reaches_every_service_by_its_name(kubectl: Kubectl, pods: lis
 
 
 def test_the_host_reaches_services(kubectl: Kubectl, pods: list[str]) -> None:
+    import urllib.request
+
+    def answers(address: str) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://{address}", timeout=10) as answer:
+                return answer.status == 200
+        except OSError:  # every kube-proxy learns of a new Service in its own time
+            return False
+
     for name in pods:
         address = kubectl.get("service", name)["spec"]["clusterIP"]
-        with urllib.request.urlopen(f"http://{address}", timeout=10) as answer:
-            assert answer.status == 200
+        eventually(f"service {name} at {address} from the host", lambda address=address: answers(address), 30)
 
 
 def test_a_name_outside_is_refused(kubectl: Kubectl, pods: list[str]) -> None:
