@@ -169,8 +169,6 @@ def test_every_pod_reaches_every_service_by_its_name(kubectl: Kubectl, pods: lis
 
 
 def test_the_host_reaches_services(kubectl: Kubectl, pods: list[str]) -> None:
-    import urllib.request
-
     def answers(address: str) -> bool:
         try:
             with urllib.request.urlopen(f"http://{address}", timeout=10) as answer:
