@@ -157,22 +157,22 @@ def proxy_config(cluster: Cluster, folder: Path, hostname: str) -> Path:
     file = folder / "kube-proxy.json"
     # zero leaves the connection tracking's limits alone: they are the whole machine's
     conntrack = {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"}
-    file.write_text(
-        json.dumps(
-            {
-                "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
-                "kind": "KubeProxyConfiguration",
-                "mode": "nftables",
-                "clusterCIDR": cluster.pod_net,
-                "hostnameOverride": hostname,
-                "clientConnection": {"kubeconfig": str(cluster.dir / "kubeconfigs" / "kube-proxy")},
-                "conntrack": conntrack,
-                "healthzBindAddress": "127.0.0.1:10256",
-                "metricsBindAddress": "127.0.0.1:10249",
-            },
-            indent=1,
-        )
+    text = json.dumps(
+        {
+            "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+            "kind": "KubeProxyConfiguration",
+            "mode": "nftables",
+            "clusterCIDR": cluster.pod_net,
+            "hostnameOverride": hostname,
+            "clientConnection": {"kubeconfig": str(cluster.dir / "kubeconfigs" / "kube-proxy")},
+            "conntrack": conntrack,
+            "healthzBindAddress": "127.0.0.1:10256",
+            "metricsBindAddress": "127.0.0.1:10249",
+        },
+        indent=1,
     )
+    if not file.exists() or file.read_text() != text:  # kube-proxy ends when its file is written, changed or not
+        file.write_text(text)
     return file
 
 
