@@ -10,6 +10,8 @@ from qlora_api.run import FREE, ExitCode, Termination
 from qlora_operator.state import Pod
 
 _SIGKILL, _SIGTERM = (-9, 137), (-15, 143)
+# The kubelet's word for a container that it can't find, containerd's for one whose shim died with the node.
+_LOST_WITH_ITS_NODE = ("ContainerStatusUnknown", "Unknown")
 
 FATAL_REASONS = {
     ExitCode.BAD_CONFIG: Reason.INVALID_SPEC,
@@ -90,7 +92,7 @@ def of_container(pod: Pod, step: int) -> Ending:
         return Ending(pod.name, pod.node, Reason.OUT_OF_MEMORY, int(ExitCode.OUT_OF_MEMORY), message, step=step)
     if pod.exit.termination is not None:
         return of_termination(pod.name, pod.node, pod.exit.termination)
-    if pod.exit.code in _SIGKILL or pod.exit.reason == "ContainerStatusUnknown":
+    if pod.exit.code in _SIGKILL or pod.exit.reason in _LOST_WITH_ITS_NODE:
         return Ending(pod.name, pod.node, Reason.POD_LOST, message="the container was killed from outside", step=step)
     code, tail = pod.exit.code, pod.exit.message[-3000:]
     return Ending(pod.name, pod.node, _reason_of(code), code, pod.exit.reason, step=step, log_tail=tail)

@@ -128,6 +128,8 @@ def test_containers_ends() -> None:
     assert (killed.reason, killed.exit_code, killed.step) == (Reason.OUT_OF_MEMORY, ExitCode.OUT_OF_MEMORY, 4)
     outside = exits.of_container(pod(0, exit=Exit(137, "Error")), step=4)
     assert (outside.reason, outside.exit_code) == (Reason.POD_LOST, None)
+    with_its_node = exits.of_container(pod(0, exit=Exit(255, "Unknown", message="some log")), step=4)
+    assert (with_its_node.reason, with_its_node.exit_code) == (Reason.POD_LOST, None)
     told = Termination(exit_code=65, reason="InvalidDataset", message="train.jsonl:3: not JSON")
     assert exits.of_container(pod(0, exit=Exit(65, "Error", told)), 4).message == "train.jsonl:3: not JSON"
     crash = exits.of_container(pod(0, exit=Exit(1, "Error", message="Traceback")), step=4)
