@@ -22,7 +22,7 @@ help: ## List the targets.
 
 .PHONY: demo
 demo: sync ## Cluster, images, operator, one fine-tune, one node killed in the middle, the adapter back: end to end.
-	$(RUN) python hack/demo/demo.py
+	$(RUN) python -m hack.demo.demo
 
 ##@ Development
 .PHONY: sync
