@@ -46,7 +46,7 @@ lint-chart: sync ## helm lint (builds helm once).
 	$$($(CTL) path helm) lint charts/qlora-operator
 
 .PHONY: typecheck
-typecheck: sync ## mypy, strict for api and operator.
+typecheck: sync ## mypy, strict for api, operator and trainer.
 	$(RUN) mypy
 
 .PHONY: manifests

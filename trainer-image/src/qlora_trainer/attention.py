@@ -55,9 +55,10 @@ def packed_attention(
     if cu_seq_lens_q is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(
+        result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+        return result
     batch, heads, length, size = query.shape
     q, k, v = (t.transpose(1, 2).reshape(batch * length, -1, size) for t in (query, key, value))
     output = torch.ops.aten._flash_attention_forward(

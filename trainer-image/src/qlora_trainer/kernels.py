@@ -14,8 +14,8 @@ from qlora_trainer.quant import BLOCK, BLOCK2, Tables
 _BYTES = 2048  # codes a program dequantizes: 4,096 elements, 64 scales
 
 
-@triton.jit
-def _dequantize(
+@triton.jit  # type: ignore[untyped-decorator]
+def _dequantize(  # type: ignore[no-untyped-def] # a kernel's parameters have no Python types
     codes, absmax, absmax2, mean, code4, code8, out, num_codes, numel,
     DOUBLE: tl.constexpr, BYTES: tl.constexpr, BLOCK: tl.constexpr, BLOCK2: tl.constexpr,
 ):  # fmt: skip
@@ -55,8 +55,8 @@ def dequantize_cuda(
     return out
 
 
-@triton.jit
-def _dropout(x, seeds, out, number, probability, inverse, numel, ELEMENTS: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def _dropout(x, seeds, out, number, probability, inverse, numel, ELEMENTS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Philox by (step seed, group, member) and position."""
     at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = at < numel

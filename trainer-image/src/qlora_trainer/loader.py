@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from qlora_api.run import TrainConfig
 from qlora_trainer.errors import BadModel
 from qlora_trainer.quant import FP_TYPES, Scheme, Stored, Tables, align, fingerprint, place, quantize_into, read_tables
-from qlora_trainer.skeleton import build_skeleton, decoder_layers, decoder_linears, read_hf_config
+from qlora_trainer.skeleton import CausalLM, build_skeleton, decoder_layers, decoder_linears, read_hf_config
 
 FORMAT = 1
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
@@ -166,7 +166,7 @@ class Weights:
 
     def __init__(self, model_dir: Path, device: torch.device) -> None:
         self._device = device
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, safe_open] = {}
         for path in weight_files(model_dir):
             handle = safe_open(path, "pt", device=str(device))
             self._files.update(dict.fromkeys(handle.keys(), handle))
@@ -175,7 +175,8 @@ class Weights:
         """One tensor on the device; tolerates a checkpoint saved with or without the base model's prefix."""
         for alias in (name, name.partition(".")[2], f"model.{name}", f"language_model.{name}"):
             if alias in self._files:
-                return self._files[alias].get_tensor(alias)
+                tensor: Tensor = self._files[alias].get_tensor(alias)
+                return tensor
         raise BadModel(f"the model's weight files lack {name}: its config.json and weights do not belong together")
 
     def __contains__(self, name: str) -> bool:
@@ -231,7 +232,7 @@ class _Builder:
                 raise BadModel(f"{linear} of layer {index}: shape {tuple(weight.shape)} does not fit config.json")
             quantize_into(blob, where, self._scheme, weight)
         layer = PackedLayer(f"{name}.bin", blob.numel(), stored, fingerprint(blob))
-        _replace(self._folder / layer.file, memoryview(blob.cpu().numpy()))
+        _replace(self._folder / layer.file, blob.cpu().numpy().data)
         _replace(self._folder / f"{name}.json", json.dumps(asdict(layer)).encode())
 
     def _write_rest(self) -> None:
@@ -265,7 +266,7 @@ def _rest_names(skeleton: nn.Module, packed: set[str]) -> Iterator[str]:
     yield from (name for name, _ in skeleton.named_buffers() if name not in transient)
 
 
-def _is_tied(skeleton: nn.Module, name: str) -> bool:
+def _is_tied(skeleton: CausalLM, name: str) -> bool:
     """Whether the parameter repeats another one (the head of a model with tied embeddings)."""
     head = skeleton.get_output_embeddings()
     tied = bool(getattr(skeleton.config, "tie_word_embeddings", False))
@@ -277,8 +278,9 @@ def _is_tied(skeleton: nn.Module, name: str) -> bool:
 
 
 def _layer_from_json(layer: dict[str, Any]) -> PackedLayer:
+    ranges = ("codes", "absmax", "absmax2", "mean")
     linears = {
-        name: Stored(**{key: tuple(v) if isinstance(v, list) else v for key, v in where.items()})
+        name: Stored(where["rows"], where["columns"], *(tuple(where[key]) for key in ranges))
         for name, where in layer["linears"].items()
     }
     return PackedLayer(layer["file"], layer["size"], linears, tuple(layer["fingerprint"]))

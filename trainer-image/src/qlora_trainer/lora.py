@@ -37,6 +37,13 @@ class LayerState:
 class Group(nn.Module):
     """Linears with one input. `a_master` and `b_master` are float32 leaves, `a` and `b` their working copies."""
 
+    a_master: nn.Parameter
+    b_master: nn.Parameter
+    magnitude: nn.Parameter  # DoRA only
+    a: Tensor
+    b: Tensor
+    seeds: Tensor
+
     def __init__(self, plan: GroupPlan, tables: Tables, dtype: torch.dtype, state: LayerState, dora: bool) -> None:
         super().__init__()
         self.plan, self.dtype, self.state, self.dora = plan, dtype, state, dora
@@ -47,9 +54,6 @@ class Group(nn.Module):
         self.nothing = (*(factor.to(dtype) for factor in empty), *empty)
         self.rows = list(plan.spec.rows)
         self.pending: tuple[Tensor, list[Tensor | None]] | None = None
-        self.a: Tensor
-        self.b: Tensor
-        self.seeds: Tensor
 
     def product(self, x: Tensor) -> list[Tensor]:
         """Base and adapter, (..., rows) of every member."""
@@ -116,7 +120,8 @@ class DoraLinear(nn.Module):
         assert group.state.blob is not None
         weight = weight_of(group.state.blob, group.key, group.dtype).float()
         weight.addmm_(group.b_master, group.a_master, alpha=group.plan.spec.scale)
-        return weight.norm(dim=1)
+        norms: Tensor = weight.norm(dim=1)
+        return norms
 
 
 class Adapter:

@@ -6,33 +6,27 @@ computes does not depend on how many there are. The forward of a decoder layer s
 """
 
 import hashlib
-import os
+import math
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.checkpoint import checkpoint
 
 from qlora_api.memory import Plan
 from qlora_api.memory import plan as make_plan
 from qlora_api.run import TrainConfig
-from qlora_api.types import LoraSpec
-from qlora_trainer import ops
 from qlora_trainer.attention import NAME, pick_attention, sequence_bounds
 from qlora_trainer.errors import BadConfig, CorruptBase
+from qlora_trainer.inject import measure_magnitudes, plan_groups, replace_linears
+from qlora_trainer.layers import compiles, set_forward
 from qlora_trainer.loader import PackedModel, discard_damaged
-from qlora_trainer.lora import Adapter, DoraLinear, Group, GroupPlan, LayerState, QuantLinear
+from qlora_trainer.lora import Adapter, Group, LayerState
 from qlora_trainer.loss import IGNORED, chunked_loss, token_losses
-from qlora_trainer.ops import GroupSpec, weight_of
 from qlora_trainer.quant import ALIGNMENT, FP_TYPES, fingerprint
-from qlora_trainer.sharding import layer_bytes, packed_parameter, shard_layer, shard_root
-from qlora_trainer.skeleton import build_skeleton, decoder_layers, group_linears, is_target
-
-ENV_COMPILE = "QLORA_COMPILE"  # "0" or "1": overrides whether the layers are compiled
+from qlora_trainer.sharding import gathered, packed_parameter, shard_layer, shard_root
+from qlora_trainer.skeleton import CausalLM, build_skeleton, decoder_layers
 
 
 class TrainableModel:
@@ -44,7 +38,7 @@ class TrainableModel:
 
     def __init__(
         self,
-        hf_model: nn.Module,
+        hf_model: CausalLM,
         packed: PackedModel,
         adapter: Adapter,
         config: TrainConfig,
@@ -125,7 +119,9 @@ class TrainableModel:
             bounds["cu_seq_lens_q"] = sequence_bounds(position_ids.cpu()).to(self.device, non_blocking=True)
         if position_ids is not None:
             position_ids = position_ids.to(self.device, non_blocking=True)
-        return decoder(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False, **bounds).last_hidden_state
+        output = decoder(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False, **bounds)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
 
     def compile_loss(self) -> None:
         """Fuse the elementwise part of the cross-entropy."""
@@ -134,11 +130,8 @@ class TrainableModel:
     def verify(self) -> None:
         """Compare every layer's bytes, as the ranks gather them, with the index. Raises CorruptBase."""
         for index, (layer, packed) in enumerate(zip(self.layers, self.packed.layers, strict=True)):
-            if self.sharded:
-                layer.unshard()
-            found = fingerprint(layer_bytes(layer)[: packed.size])
-            if self.sharded:
-                layer.reshard()
+            with gathered(layer) as blob:
+                found = fingerprint(blob[: packed.size])
             if found == packed.fingerprint:
                 continue
             on_disk = discard_damaged(self.packed, index)
@@ -156,12 +149,13 @@ class TrainableModel:
         if alpha is None:
             return embeddings.detach()
         generator = torch.Generator(self.device).manual_seed(self._step_seed)
-        bound = alpha / (embeddings.shape[1] * embeddings.shape[2]) ** 0.5
+        bound = alpha / math.sqrt(embeddings.shape[1] * embeddings.shape[2])
         noise = torch.rand(embeddings.shape, generator=generator, device=self.device) * (2 * bound) - bound
         return embeddings.detach() + noise.to(embeddings.dtype)
 
     def _head_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         head = self.hf_model.get_output_embeddings()
+        assert head is not None, "a causal LM has a head"
         config = self.hf_config
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         cap = getattr(config, "final_logit_softcapping", None) or 0.0
@@ -183,11 +177,11 @@ def build_model(
     layers = decoder_layers(hf_model)[1]
     states = [LayerState() for _ in layers]
     dora = spec.lora.use_dora
-    groups = [Group(plan, tables, dtype, states[plan.layer], dora) for plan in _plan_groups(spec.lora, packed)]
-    _replace_linears(layers, groups, dora)
+    groups = [Group(plan, tables, dtype, states[plan.layer], dora) for plan in plan_groups(spec.lora, packed)]
+    replace_linears(layers, groups, dora)
     adapter = Adapter(groups, device, dtype, spec.training.seed, spec.lora.freeze_a, dora)
     strategy, offload, recomputed = plan.sharding, spec.training.cpu_offload, plan.recomputed_layers
-    compiles = _compiles(device)
+    compiled = compiles(device)
     for index, layer in enumerate(layers):
         sharded = mesh is not None and strategy != "NO_SHARD"
         rank, size = (mesh.get_local_rank(), mesh.size()) if sharded and mesh is not None else (0, 1)
@@ -195,102 +189,20 @@ def build_model(
         if sharded:
             assert mesh is not None
             shard_layer(layer, mesh, strategy, offload, pin_memory=device.type == "cuda")
-        layer.forward = partial(_run_layer, _forwards(layer, compiles), layer, states[index], index < recomputed)
+        set_forward(layer, states[index], index < recomputed, compiled)
     model = TrainableModel(hf_model, packed, adapter, config, device, plan)
     if mesh is not None and strategy != "NO_SHARD":
         shard_root(hf_model, layers, mesh)
         model.sharded = True
-    if compiles:
+    if compiled:
         model.compile_loss()
     if dora:
-        _measure_magnitudes(model)
+        measure_magnitudes(layers, groups)
     model.train()
     return model
 
 
-def _forwards(layer: nn.Module, compiles: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """A layer's forward for training and for evaluation. Compiled once: all layers share their code and its guards."""
-    return (torch.compile(layer.forward, dynamic=False) if compiles else layer.forward), layer.forward
-
-
-def _run_layer(
-    forwards: tuple[Callable[..., Any], Callable[..., Any]],
-    layer: nn.Module,
-    state: LayerState,
-    recompute: bool,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """A decoder layer's forward, inside FSDP2's hooks: hand the gathered bytes over, recompute if asked to."""
-    state.blob = layer_bytes(layer)
-    if not torch.is_grad_enabled():
-        return forwards[1](*args, **kwargs)
-    if not recompute:
-        return forwards[0](*args, **kwargs)
-    return checkpoint(
-        forwards[0], *args, use_reentrant=False, preserve_rng_state=False, context_fn=_recompute_contexts, **kwargs
-    )
-
-
-class _Recomputing:
-    """Tells the operators that a checkpoint recomputes, so that outputs nobody needs again are skipped."""
-
-    def __enter__(self) -> None:
-        ops.recompute_skips_output = True
-
-    def __exit__(self, *error: object) -> None:
-        ops.recompute_skips_output = False
-
-
-class _Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-
-def _recompute_contexts() -> tuple[_Nothing, _Recomputing]:
-    return _Nothing(), _Recomputing()
-
-
-def _plan_groups(lora: LoraSpec, packed: PackedModel) -> list[GroupPlan]:
-    scale = lora.alpha / (lora.r**0.5 if lora.use_rslora else lora.r)
-    plans = []
-    for index, layer in enumerate(packed.layers):
-        path = f"{packed.prefix}.{index}"
-        names = list(layer.linears)
-        groups = [(name,) for name in names] if lora.use_dora else group_linears(names)
-        for group in groups:
-            adapted = tuple(is_target(f"{path}.{name}", lora.target_modules) for name in group)
-            members = tuple(layer.linears[name] for name in group)
-            dropout = lora.dropout if any(adapted) else 0.0
-            plans.append(
-                GroupPlan(index, path, group, GroupSpec(members, adapted, packed.scheme, lora.r, scale, dropout))
-            )
-        if packed.hf_config.model_type in LAST_IS_RESIDUAL and not lora.use_dora:
-            plans[-1] = replace(plans[-1], spec=replace(plans[-1].spec, last=True))
-    if not any(any(plan.spec.adapted) for plan in plans):
-        known = sorted({name.rpartition(".")[2] for name in packed.layers[0].linears})
-        raise BadConfig(f"lora.targetModules {lora.target_modules} match no linear of the model: it has {known}")
-    return plans
-
-
-# Models whose layer ends in `residual + last_linear(x)`: addition saves nothing, so a recomputation can stop before it.
-LAST_IS_RESIDUAL = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"})
-
-
-def _replace_linears(layers: nn.ModuleList, groups: list[Group], dora: bool) -> None:
-    for layer in layers:
-        layer.qlora_groups = nn.ModuleList()
-    for group in groups:
-        layer = layers[group.plan.layer]
-        layer.qlora_groups.append(group)
-        for index, name in enumerate(group.plan.names):
-            bias = layer.get_submodule(name).bias
-            use_dora = dora and group.plan.spec.adapted[index]
-            layer.set_submodule(name, DoraLinear(group, bias) if use_dora else QuantLinear(group, index, bias))
-
-
-def _host_table(hf_model: nn.Module) -> str:
+def _host_table(hf_model: CausalLM) -> str:
     """Name of the embedding table, if it is a plain one."""
     table = hf_model.get_input_embeddings()
     return next(
@@ -298,7 +210,7 @@ def _host_table(hf_model: nn.Module) -> str:
     )
 
 
-def _fill_rest(hf_model: nn.Module, rest: dict[str, Tensor], device: torch.device) -> None:
+def _fill_rest(hf_model: CausalLM, rest: dict[str, Tensor], device: torch.device) -> None:
     """Put the unquantized tensors and the buffers in place; linears' weights stay on the meta device."""
     for name, tensor in rest.items():
         parent, _, leaf = name.rpartition(".")
@@ -312,11 +224,6 @@ def _fill_rest(hf_model: nn.Module, rest: dict[str, Tensor], device: torch.devic
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[leaf] = buffer.to(device)
-
-
-def _compiles(device: torch.device) -> bool:
-    """Whether decoder layers and the loss are compiled: on GPUs, unless ENV_COMPILE says otherwise."""
-    return os.environ.get(ENV_COMPILE, "1" if device.type == "cuda" else "0") == "1"
 
 
 def _load_bytes(packed: PackedModel, index: int, rank: int, size: int, device: torch.device) -> Tensor:
@@ -339,17 +246,3 @@ def plan_for(
         return make_plan(config.spec, hf_config.to_dict(), gpu_bytes, world_size, micro_batch)
     except ValueError as error:
         raise BadConfig(str(error)) from error
-
-
-def _measure_magnitudes(model: TrainableModel) -> None:
-    for index, layer in enumerate(model.layers):
-        if model.sharded:
-            layer.unshard()
-        blob = layer_bytes(layer)
-        mine = [group for group in model.adapter.groups if group.plan.layer == index]
-        for group in mine:
-            if any(group.plan.spec.adapted):
-                with torch.no_grad():
-                    group.magnitude.copy_(weight_of(blob, group.key, group.dtype).float().norm(dim=1))
-        if model.sharded:
-            layer.reshard()

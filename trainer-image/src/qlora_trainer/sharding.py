@@ -5,13 +5,14 @@ CUDA (NaN patterns are canonicalized on the way in: bitsandbytes#1945, pytorch#1
 refused; so `PackedBytes` wears a floating type outside and hands over its bytes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.utils import _pytree as pytree
 
 Strategy = Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"]
@@ -25,7 +26,7 @@ class PackedBytes(torch.Tensor):
 
     @staticmethod
     def __new__(cls, data_bytes: Tensor) -> "PackedBytes":
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        return torch.Tensor._make_wrapper_subclass(
             cls,
             data_bytes.shape,
             dtype=torch.bfloat16,
@@ -48,8 +49,10 @@ class PackedBytes(torch.Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"PackedBytes({tuple(self.shape)}, {self.device})"
 
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+    @classmethod  # torch declares its default as a plain function
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any, kwargs: Any = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         name = func.__name__
         if name.startswith("copy_"):
@@ -100,6 +103,18 @@ def layer_bytes(layer: nn.Module) -> Tensor:
     packed = layer.packed
     assert isinstance(packed, PackedBytes), "the layer is not gathered"
     return packed.data_bytes
+
+
+@contextmanager
+def gathered(layer: nn.Module) -> Iterator[Tensor]:
+    """The whole layer's bytes outside a forward pass; a sharded layer is gathered for as long as this lasts."""
+    if isinstance(layer, FSDPModule):
+        layer.unshard()
+    try:
+        yield layer_bytes(layer)
+    finally:
+        if isinstance(layer, FSDPModule):
+            layer.reshard()
 
 
 def shard_layer(layer: nn.Module, mesh: DeviceMesh, strategy: Strategy, offload: bool, pin_memory: bool) -> None:

@@ -6,12 +6,26 @@ Rules: nothing here allocates a weight; any causal language model whose decoder 
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from qlora_trainer.errors import BadModel
+
+if TYPE_CHECKING:
+
+    class CausalLM(nn.Module):
+        """What is used of transformers' PreTrainedModel (mypy follows none of transformers' imports)."""
+
+        config: Any
+        base_model: nn.Module
+
+        def get_input_embeddings(self) -> nn.Embedding: ...
+        def get_output_embeddings(self) -> nn.Linear | None: ...
+        def tie_weights(self) -> None: ...
+else:
+    CausalLM = nn.Module
 
 # Siblings of one module that read the same input: computed as one product, the first caller for all.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -31,7 +45,7 @@ def read_hf_config(model_dir: Path, trust_remote_code: bool = False) -> Any:
 
 def build_skeleton(
     hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = False, attention: str | None = None
-) -> nn.Module:
+) -> CausalLM:
     """The causal LM with its parameters on the meta device and its buffers real, on the CPU."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -42,7 +56,7 @@ def build_skeleton(
     options = {} if attention is None else {"attn_implementation": attention}
     try:
         with _building, init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
+            model: CausalLM = AutoModelForCausalLM.from_config(
                 hf_config, dtype=dtype, trust_remote_code=trust_remote_code, **options
             )
     except ValueError as error:
