@@ -1,6 +1,7 @@
 """Prometheus metrics: what runs report, what happened to them, and how the operator itself is doing.
 
-Series of a run are read from the coordinator's table when they are scraped, so they vanish with the run.
+Series of a run vanish with it: gauges are read from the coordinator's table when they are scraped, counters are dropped
+by `forget`.
 """
 
 import re
@@ -59,6 +60,11 @@ class Metrics:
             more = number - old.restarts.by_reason.get(reason, 0)
             if more > 0:
                 self.restarts.labels(*key, reason).inc(more)
+
+    def forget(self, key: Key) -> None:
+        """The run is gone: its counters go with it."""
+        for counter in (self.generations, self.restarts):
+            counter.remove_by_labels(dict(zip(_LABELS, key, strict=True)))
 
     def text(self) -> bytes:
         """The exposition format."""

@@ -76,6 +76,7 @@ class Reconciler:
         sight = await self._cluster.observe(key, now)
         if sight is None:
             self.coordinator.forget(key)
+            self.metrics.forget(key)
             return None
         seen, heard = sight.seen, self.coordinator.heard(key)
         observed = Observed(**vars(seen), **vars(heard), now=now, refusals=self._refusals.get(key, ()))

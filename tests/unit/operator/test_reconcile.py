@@ -151,3 +151,15 @@ async def test_restarts_are_counted_for_prometheus(stage: Stage) -> None:
     await reconciler.reconcile(KEY)
     text = reconciler.metrics.text().decode()
     assert 'qlora_restarts_total{namespace="ns",reason="PodLost",run="r"} 1.0' in text
+
+
+async def test_the_series_of_a_run_vanish_with_it(stage: Stage) -> None:
+    cluster, reconciler = stage
+    await reconciler.reconcile(KEY)
+    cluster.pods = (replace(cluster.pods[0], deleting=True, age=100.0), cluster.pods[1])
+    await reconciler.reconcile(KEY)
+    reconciler.metrics.restarts.labels("ns", "other", "PodLost").inc()
+    cluster.gone = True
+    await reconciler.reconcile(KEY)
+    text = reconciler.metrics.text().decode()
+    assert 'run="r"' not in text and 'run="other"' in text
