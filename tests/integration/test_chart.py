@@ -179,6 +179,7 @@ def test_the_network_policy_lets_trainers_in() -> None:
         ("trainer.imge={}", "imge"),
         ("timing.leaseSecs=3", "leaseSecs"),
         ("timing.leaseSeconds=0", "leaseSeconds"),
+        ('timing.leaseSeconds="0.0"', "leaseSeconds"),
         ('log.level="LOUD"', "level"),
         ("coordinator.port=0", "port"),
         ("image.tag=1", "tag"),

@@ -1,7 +1,10 @@
 """Settings from the environment, logs, metric names."""
 
+import dataclasses
 import json
 import logging
+import re
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +42,14 @@ def test_every_kind_of_value() -> None:
 def test_what_is_wrong_is_named(environment: dict[str, str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Settings.from_environment(environment)
+
+
+def test_the_chart_documents_every_default_of_the_timing() -> None:
+    chart = Path(__file__).parents[3] / "charts" / "qlora-operator"
+    timing = json.loads((chart / "values.schema.json").read_text())["properties"]["timing"]["properties"]
+    stated = dict(re.findall(r"^  # (\w+): ([\d.]+)(?= |$)", (chart / "values.yaml").read_text(), re.MULTILINE))
+    defaults = {item.name: str(item.default) for item in dataclasses.fields(Settings)}
+    assert stated == {name: defaults[re.sub("([A-Z])", r"_\1", name).lower()] for name in timing}
 
 
 def test_log_lines_carry_the_runs_name() -> None:
