@@ -41,7 +41,6 @@ class Reason(StrEnum):
     """Reasons of conditions, events and terminations."""
 
     # on the way
-    CREATED = "Created"
     PODS_PENDING = "PodsPending"
     UNSCHEDULABLE = "Unschedulable"
     QUOTA_EXCEEDED = "QuotaExceeded"

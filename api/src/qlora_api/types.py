@@ -11,10 +11,8 @@ from pydantic import ConfigDict, Field
 
 from qlora_api.base import ApiModel, IntOrString, cel, rules
 
-DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 SOURCE_URI = r"^(hf|s3|pvc|file)://[^\s]+$"
 S3_URI = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\s]*)?$"
-
 
 SOURCE: dict[str, Any] = {"x-sentence": "write hf://org/name, s3://bucket/path, pvc://claim/path or file:///path"}
 S3_SOURCE: dict[str, Any] = {"x-sentence": "write s3://bucket/prefix; a bucket has 3 to 63 of a-z, 0-9, dot and hyphen"}
@@ -140,7 +138,10 @@ class TrainingSpec(ApiModel):
     epochs: float = Field(1.0, gt=0, le=1000, description="Passes over the training samples.")
     global_batch_size: int = Field(16, ge=1, le=65536, description="Sequences an optimizer step, over all nodes.")
     micro_batch_size: int | None = Field(
-        None, ge=1, le=4096, description="Sequences a forward pass; empty: chosen by the memory plan."
+        None,
+        ge=1,
+        le=4096,
+        description="Sequences a forward pass; empty: as many as make 8192 tokens and leave one for every GPU.",
     )
     max_length: int = Field(2048, ge=8, le=1_048_576, description="Tokens a sequence; longer samples are cut.")
     packing: bool = Field(True, description="Fill sequences with several samples, each attending to itself only.")
@@ -224,8 +225,14 @@ class OutputSpec(S3Access):
 class PodTemplatePatch(ApiModel):
     """Merged over the pods that the operator builds: labels, annotations, node selector, tolerations, volumes..."""
 
-    metadata: dict[str, Any] = Field({}, json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})
-    spec: dict[str, Any] = Field({}, json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})
+    metadata: dict[str, Any] = Field(
+        {}, json_schema_extra={"x-kubernetes-preserve-unknown-fields": True}, description="Labels and annotations."
+    )
+    spec: dict[str, Any] = Field(
+        {},
+        json_schema_extra={"x-kubernetes-preserve-unknown-fields": True},
+        description="Fields of a PodSpec; lists of named things merge by name, the container is called trainer.",
+    )
 
 
 class QLoRAFinetuneSpec(ApiModel):
