@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 NAMESPACE = "qlora-e2e-bad"
 BUCKET = upload.BUCKET
 ONE_THREAD = [{"name": "OMP_NUM_THREADS", "value": "1"}]
-END_SECONDS = 420  # seven runs import torch at once on two cores
+END_SECONDS = 420  # five runs import torch at once on two cores
 MALFORMED = '{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": \n{"prompt": "e", "completion": "f"}\n'
 
 
-def run(name: str, **changes: dict[str, Any]) -> Manifest:
-    """A run that would work, but for the changes of its spec's parts."""
+def run(name: str, **changes: Any) -> Manifest:
+    """A run that would work, but for the changes of its spec: a part's fields are merged in, anything else replaces."""
     secret = {"secretRef": {"name": upload.SECRET}}
     spec: dict[str, Any] = {
         "model": {"uri": f"s3://{BUCKET}/{upload.MODEL_PREFIX}", **secret},
@@ -32,12 +32,10 @@ def run(name: str, **changes: dict[str, Any]) -> Manifest:
         "output": {"uri": f"s3://{BUCKET}/runs", **secret},
         "training": {"maxSteps": 1, "globalBatchSize": 1, "maxLength": 32},
         "resourcesPerNode": {"limits": {"memory": "3Gi"}, "requests": {"cpu": "200m", "memory": "512Mi"}},
-        "podTemplate": {
-            "spec": {"containers": [{"name": "trainer", "env": [{"name": "OMP_NUM_THREADS", "value": "1"}]}]}
-        },
+        "podTemplate": {"spec": {"containers": [{"name": "trainer", "env": ONE_THREAD}]}},
     }
     for part, change in changes.items():
-        spec[part] = {**spec[part], **change} if isinstance(change, dict) else change
+        spec[part] = {**spec.get(part, {}), **change} if isinstance(change, dict) else change
     return {
         "apiVersion": "qlora.dev/v1alpha1",
         "kind": "QLoRAFinetune",
@@ -73,21 +71,25 @@ BAD: dict[str, tuple[Manifest, str, tuple[str, ...]]] = {
         ("empty",),
     ),
     "image that cannot be pulled": (
-        run("no-image", image="localhost/nothing:1"),  # type: ignore[arg-type]
+        run("no-image", image="localhost/nothing:1"),
         "ImagePullFailed",
         ("localhost/nothing:1", "check spec.image"),
+    ),
+    "no node with so many GPUs": (
+        run("no-room", resourcesPerNode={"limits": {"nvidia.com/gpu": 1000}}, startDeadlineSeconds=15),
+        "StartDeadlineExceeded",
+        ("Insufficient nvidia.com/gpu", "add nodes, or lower resourcesPerNode"),
     ),
 }
 
 
 def put_bad_sources(client: "S3Client") -> None:
     """A model without its tokenizer, an empty file and one with a broken line."""
-    for key, content in upload.files():
+    for key, _ in upload.files():
         name = key.rsplit("/", 1)[-1]
         if key.startswith(upload.MODEL_PREFIX) and name in ("config.json", "model.safetensors"):
             source = {"Bucket": BUCKET, "Key": key}
             client.copy_object(Bucket=BUCKET, Key=f"bad/no-tokenizer/{name}", CopySource=source)  # type: ignore[arg-type]
-        del content
     client.put_object(Bucket=BUCKET, Key="bad/malformed.jsonl", Body=MALFORMED.encode())
     client.put_object(Bucket=BUCKET, Key="bad/empty.jsonl", Body=b"")
 

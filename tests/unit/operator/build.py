@@ -4,8 +4,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from qlora_api.names import ConditionType, Reason
-from qlora_api.run import AgentState, Membership, Progress, Report, RunIdentity, Termination
-from qlora_api.status import Condition, Member, QLoRAFinetuneStatus, Slot
+from qlora_api.run import AgentState, Report, RunIdentity, Termination
+from qlora_api.status import Condition, Member, Progress, QLoRAFinetuneStatus, Slot
 from qlora_api.types import QLoRAFinetuneSpec
 from qlora_operator.settings import Settings
 from qlora_operator.state import Agent, Decision, Observed, Pod, Run
@@ -91,6 +91,3 @@ def observed(
 def names_of(decision: Decision, kind: type) -> list[str]:
     """Names of the pods that actions of this kind concern."""
     return [action.name for action in decision.actions if isinstance(action, kind)]
-
-
-__all__ = ["Membership"]
