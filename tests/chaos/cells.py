@@ -19,6 +19,12 @@ POINTS = (
 )
 WHO = ("rank 0", "other", "two", "all")
 HOW = ("SIGKILL", "SIGTERM", "SIGSTOP", "node")  # node: all of the pod's processes die at once
+# On Kubernetes: a worker killed, a pod deleted (SIGTERM first) or removed by force, its node killed with and without
+# its peers hearing of it, its link cut, and the operator killed in the same moment as a worker.
+HOW_ON_CLUSTER = ("SIGKILL", "delete", "force delete", "node loudly", "node silently", "partition", "operator, too")
+POINTS_ON_CLUSTER = ("forward", "backward", "all-reduce", "optimizer", "snapshot", "upload", "manifest", "rendezvous")
+WITHOUT_NOTICE = ("node", "force delete", "node loudly", "node silently")  # the pod's memory is gone
+STANDING_STILL = ("SIGSTOP", "partition")
 WORLDS = ("1", "2", "3", "3 changed")  # changed: what was lost comes back later, the run goes on without it
 MAX_NODES = 3
 
@@ -37,9 +43,19 @@ class Cell:
         return int(self.world[0])
 
     @property
+    def hits_all(self) -> bool:
+        """No pod is spared; a lone pod's rank 0 is all there is."""
+        return len(self.victims()) == self.size
+
+    @property
     def lag_allowed(self) -> bool:
         """All pods gone without notice: only the durable tier is left."""
-        return self.how == "node" and self.who == "all"
+        return self.how in WITHOUT_NOTICE and self.hits_all
+
+    @property
+    def stands_still(self) -> bool:
+        """The victims come back as they were."""
+        return self.how in STANDING_STILL
 
     def victims(self) -> tuple[int, ...]:
         """Ranks that are hit."""
@@ -67,10 +83,16 @@ def _makes_sense(cell: Cell) -> bool:
     return not (cell.world == "3 changed" and cell.who == "all")
 
 
-def sample(number: int, seed: int) -> list[Cell]:
-    """So many cells, every point with every way first, then at random; sorted so that worlds change rarely."""
+def every_cell_on_cluster() -> list[Cell]:
+    """The grid on Kubernetes; a lost node comes back after the run went on without it."""
+    values = itertools.product(POINTS_ON_CLUSTER, WHO, HOW_ON_CLUSTER, WORLDS[:3])
+    return [cell for cell in (Cell(*value) for value in values) if _makes_sense(cell)]
+
+
+def sample(cells: list[Cell], number: int, seed: int) -> list[Cell]:
+    """So many of them, every point with every way first, then at random; sorted so that worlds change rarely."""
     chance = random.Random(seed)
-    cells = every_cell()
+    cells = list(cells)
     chance.shuffle(cells)
     pairs: set[tuple[str, str]] = set()
     first = [cell for cell in cells if (cell.point, cell.how) not in pairs and not pairs.add((cell.point, cell.how))]

@@ -8,18 +8,18 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from tests.chaos import tiny
 from tests.chaos.cells import Cell, every_cell, sample
-from tests.chaos.driver import Driver, Outcome
+from tests.chaos.driver import Driver
+from tests.chaos.faultplan import FILE_NAME, FaultPlan
 from tests.chaos.local import LocalCluster
-from tests.chaos.verify import TOLERANCE, Comparison, Steps, compare, read_steps
+from tests.chaos.report import Report
+from tests.chaos.verify import Steps, compare, read_steps
 from tests.chaos.zygote import start_zygote
 
 from qlora_operator.settings import Settings
@@ -28,7 +28,6 @@ CELLS = {"smoke": 8, "fast": 36}
 CELLS_PER_RUN = 12
 STEPS_PER_CELL = 40
 SPARE_STEPS = 25  # a cell begins only while so many steps are left
-MAX_LOST = 1
 SETTINGS = Settings(
     trainer_image="none",
     coordinator_url="http://none",
@@ -39,39 +38,6 @@ SETTINGS = Settings(
     start_wait_seconds=3.0,
     grace_period_seconds=20,
 )
-
-
-@dataclass
-class Report:
-    """All runs together."""
-
-    outcomes: list[Outcome]
-    comparisons: list[Comparison]
-    failed: list[str]
-
-    def line(self, seed: int, seconds: float) -> dict[str, object]:
-        times = sorted(o.seconds for o in self.outcomes if o.seconds is not None)
-        lost = [o.steps_lost for o in self.outcomes if not o.cell.lag_allowed]
-        return {
-            "cells": len(self.outcomes),
-            "failed": len(self.failed),
-            "max_steps_lost": max(lost, default=None),
-            "max_steps_lost_all_pods_gone": max((o.steps_lost for o in self.outcomes if o.cell.lag_allowed), default=0),
-            "wrong_samples": sum(c.wrong_samples for c in self.comparisons),
-            "half_written": sum(c.half_written for c in self.comparisons),
-            "adapters_differing": sum(c.adapter_distance > TOLERANCE for c in self.comparisons),
-            "recovery_p50_seconds": round(statistics.median(times), 2) if times else None,
-            "recovery_p99_seconds": round(times[min(len(times) - 1, int(len(times) * 0.99))], 2) if times else None,
-            "seed": seed,
-            "seconds": round(seconds),
-        }
-
-    @property
-    def is_good(self) -> bool:
-        lost = all(o.cell.lag_allowed or o.steps_lost <= MAX_LOST for o in self.outcomes)
-        same = all(not c.wrong_samples and not c.half_written for c in self.comparisons)
-        close = all(c.adapter_distance <= TOLERANCE for c in self.comparisons)
-        return bool(self.outcomes) and not self.failed and lost and same and close
 
 
 class Grid:
@@ -85,21 +51,13 @@ class Grid:
 
     def strike(self, cells: list[Cell], report: Report) -> list[Cell]:
         """One run with these faults, one after the other; then the comparison. Returns the cells it had no time for."""
-        left = list(cells)
         self._slow.touch()
         with self._cluster() as cluster:
-            driver = Driver(cluster, cluster.folder / "faults")
-            while left and driver.step() < self._num_steps - SPARE_STEPS:
-                cell = left.pop(0)
-                try:
-                    outcome = driver.run(cell)
-                except AssertionError as error:
-                    report.failed.append(f"{cell}: {error}")
-                    print(f"FAILED {cell}\n{error}", flush=True)
-                    return left
-                report.outcomes.append(outcome)
-                took = "no pause" if outcome.seconds is None else f"{outcome.seconds:5.2f} s"
-                print(f"{took}  lost {outcome.steps_lost}  step {driver.step():4d}  {cell}", flush=True)
+            driver = Driver(cluster, FaultPlan(lambda: [cluster.folder / FILE_NAME]))
+            num_failed = len(report.failed)
+            left = report.strike(driver, cells, self._num_steps - SPARE_STEPS)
+            if len(report.failed) > num_failed:
+                return left
             self._slow.unlink()
             steps = self._finish(cluster)
         found = compare(steps, cluster.folder / "bucket", *self._reference)
@@ -132,7 +90,7 @@ class Grid:
             "QLORA_TRACE": "1",
             "QLORA_DEVICE": "cpu",
             "QLORA_CACHE_DIR": str(self._folder / "cache"),
-            "QLORA_FAULTS": str(folder / "faults"),
+            "QLORA_FAULTS": str(folder / FILE_NAME),
             "CHAOS_OUTPUT": f"file://{folder}/bucket",
             "CHAOS_SLOW": str(self._slow),
         }
@@ -142,7 +100,7 @@ class Grid:
 
 def run(cells: list[Cell], seed: int) -> int:
     """Carry the cells out; 0 when every promise was kept."""
-    started, report = time.monotonic(), Report([], [], [])
+    started, report = time.monotonic(), Report()
     os.environ.update(QLORA_WORKER="tests.chaos.real:run", OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     start_zygote()
@@ -154,6 +112,7 @@ def run(cells: list[Cell], seed: int) -> int:
             left = grid.strike(group, report) + left
     for failure in report.failed:
         print(f"FAILED {failure.splitlines()[0]}")
+    print(report.table())
     print(json.dumps(report.line(seed, time.monotonic() - started)), flush=True)
     return 0 if report.is_good else 1
 
@@ -171,7 +130,7 @@ def main() -> int:
     if not (options.smoke or options.fast or options.cells):
         number = len(every_cell())
     print(f"seed {seed}, {number} cells", flush=True)
-    return run(sample(number, seed), seed)
+    return run(sample(every_cell(), number, seed), seed)
 
 
 if __name__ == "__main__":

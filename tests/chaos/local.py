@@ -5,16 +5,19 @@ Everything else is the product: decisions, the endpoint, agents with their fork 
 """
 
 import asyncio
+import os
 import random
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from tests.chaos.cells import Cell
 from tests.chaos.pods import PodProcess, start_pod
 
 from qlora_api import names
@@ -91,6 +94,37 @@ class LocalCluster:
         """kubectl patch."""
         self.config = self.config.model_copy(update={"spec": self.config.spec.model_copy(update=spec)})
         self.wake()
+
+    # what the driver asks (driver.StruckCluster)
+
+    def resize(self, size: int) -> None:
+        """So many pods may live from now on."""
+        self.capacity = size
+        self.wake()
+
+    def limit(self, size: int) -> None:
+        """Delete the pods beyond, the youngest first."""
+        for pod in sorted(self.pods.values(), key=lambda pod: pod.started)[size:]:
+            self.delete(pod)
+
+    def strike(self, cell: Cell, pods: Sequence[PodProcess]) -> None:
+        """Carry out the cell's fault on these pods."""
+        if cell.world.endswith("changed"):
+            self.capacity = cell.size - len(pods)
+        for pod in pods:
+            if cell.how == "SIGTERM":
+                self.delete(pod)  # as the kubelet sends it: to a pod that is being deleted
+            elif cell.how == "SIGSTOP":
+                pod.freeze()
+            elif cell.how == "node":
+                pod.kill()
+            elif not pod.kill_worker() and cell.point in ("rendezvous", "warm-up"):
+                os.kill(pod.agent_pid(), signal.SIGKILL)
+
+    def restore(self, pods: Sequence[PodProcess]) -> None:
+        """What stood still goes on."""
+        for pod in pods:
+            pod.thaw()
 
     def note(self, text: str) -> None:
         self.history.append((time.time(), text))

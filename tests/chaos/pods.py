@@ -66,6 +66,13 @@ class PodProcess:
             return None
         return pid if pid and Path(f"/proc/{pid}").exists() else None
 
+    def kill_worker(self) -> bool:
+        """SIGKILL to the worker; False when there is none."""
+        pid = self.worker_pid()
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+        return pid is not None
+
     def _group(self, number: int) -> None:
         try:
             os.killpg(self.process.pid, number)

@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,18 +30,22 @@ class Comparison:
 
 def read_steps(folders: list[Path]) -> Steps:
     """What the newest generation of each step consumed, over all ranks."""
+    files = (path for folder in folders for path in folder.glob("trace-*.jsonl"))
+    return read_lines(text for path in files for text in path.read_text().splitlines())
+
+
+def read_lines(texts: Iterable[str]) -> Steps:
+    """The same from the traces' lines."""
     newest: dict[int, int] = {}
     lines = defaultdict(dict)
-    for folder in folders:
-        for path in folder.glob("trace-*.jsonl"):
-            for text in path.read_text().splitlines():
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    continue  # the writer was killed in the middle of its last line
-                step, generation = line["step"], line["generation"]
-                lines[(step, generation)].setdefault(line["micro"], line["samples"])
-                newest[step] = max(newest.get(step, 0), generation)
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # the writer was killed in the middle of its last line
+        step, generation = line["step"], line["generation"]
+        lines[(step, generation)].setdefault(line["micro"], line["samples"])
+        newest[step] = max(newest.get(step, 0), generation)
     return {step: dict(sorted(lines[(step, generation)].items())) for step, generation in sorted(newest.items())}
 
 

@@ -1,0 +1,108 @@
+"""When which step was done by which generation, and what every step consumed, seen from outside while it happens."""
+
+import io
+import itertools
+import os
+import statistics
+import threading
+import time
+from pathlib import Path
+
+from tests.chaos.verify import Steps, read_lines
+
+from qlora_trainer.control import Phase, read_worker_state
+
+
+class Timeline:
+    """Fed by one thread (`look`) and the status (`members`); read when the run is over."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, dict[int, float]] = {}  # generation -> step -> when it was first seen done
+        self._sizes: dict[int, int] = {}
+        self._strikes: list[float] = []
+        self._traces: dict[tuple[int, int], io.TextIOWrapper] = {}  # open files survive their pod
+        self._lock = threading.Lock()
+
+    def look(self, run_dir: Path) -> None:
+        """Read a pod's worker state and keep hold of its traces."""
+        try:
+            state = read_worker_state(run_dir, 0)
+            traces = list(run_dir.glob("trace-*.jsonl"))
+            for path in traces:
+                self._keep(path)
+        except OSError:
+            return  # the pod is gone
+        if state is not None and state.phase != Phase.STARTING:
+            with self._lock:
+                self._seen.setdefault(state.generation, {}).setdefault(state.progress.step, time.monotonic())
+
+    def _keep(self, path: Path) -> None:
+        stat = path.stat()
+        key = (stat.st_dev, stat.st_ino)
+        if key not in self._traces:
+            file = path.open()
+            self._traces[(os.fstat(file.fileno()).st_dev, os.fstat(file.fileno()).st_ino)] = file
+
+    def members(self, generation: int, number: int) -> None:
+        """What the status says."""
+        with self._lock:
+            self._sizes[generation] = number
+
+    def struck(self) -> None:
+        """A fault was caused now."""
+        with self._lock:
+            self._strikes.append(time.monotonic())
+
+    def newest_step(self) -> int:
+        """The newest step that was seen done."""
+        with self._lock:
+            return max((max(times) for times in self._seen.values()), default=0)
+
+    def steps(self) -> Steps:
+        """What the newest generation of each step consumed."""
+        return read_lines(line for file in self._traces.values() for line in file)
+
+    def recoveries(self) -> list[float]:
+        """Of each fault: seconds until a step was seen that nobody had done before it."""
+        first: dict[int, float] = {}
+        with self._lock:
+            for times in self._seen.values():
+                for step, moment in times.items():
+                    first[step] = min(moment, first.get(step, moment))
+        found = []
+        for strike in self._strikes:
+            done = max((step for step, moment in first.items() if moment <= strike), default=0)
+            later = [moment for step, moment in first.items() if step > done]
+            found += [min(later) - strike] if later else []
+        return found
+
+    def steps_lost(self) -> int:
+        """Steps that were done and had to be done again, over all changes of generation."""
+        ordered = sorted(self._seen)
+        falls = (max(self._seen[before]) - min(self._seen[after]) for before, after in itertools.pairwise(ordered))
+        return sum(max(0, fall) for fall in falls)
+
+    def step_seconds(self) -> float | None:
+        """Median time of a step."""
+        gaps = [
+            later - earlier
+            for times in self._seen.values()
+            for earlier, later in itertools.pairwise(sorted(times.values()))
+        ]
+        return statistics.median(gaps) if gaps else None
+
+    def growths(self) -> list[tuple[float, int]]:
+        """Of each time members were added with no fault near: (pause in seconds, a step's own time taken off; steps
+        done twice)."""
+        typical = self.step_seconds() or 0.0
+        found = []
+        ordered = sorted(self._seen)
+        for before, after in itertools.pairwise(ordered):
+            if self._sizes.get(after, 0) <= self._sizes.get(before, 0) or len(self._seen[after]) < 2:
+                continue
+            first, second = sorted(self._seen[after])[:2]
+            last = max(self._seen[before])
+            begin, end = self._seen[before][last], self._seen[after][second]
+            if not any(begin - 5 < strike < end for strike in self._strikes):
+                found.append((max(0.0, end - begin - typical), max(0, last - first)))
+        return found
