@@ -1,28 +1,20 @@
-"""The memory plan: what a run needs on every GPU and host, and how it is therefore sharded and recomputed.
+"""The memory plan: how a run's base is placed on the GPUs at hand, its micro batch, and what is recomputed.
 
-Pure arithmetic over the spec and the model's config.json; the trainer follows it, the operator shows it. Every term is
-counted from shapes; the few measured constants stand at the top with the measurement that they come from.
+Pure: a function of the spec, the model's config.json and the size of a GPU; the trainer follows it. The bytes are
+counted in footprint.py. Order of preference: docs/decisions/0007-order-of-the-memory-plan.md.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
 from qlora_api.base import ApiModel
+from qlora_api.footprint import Placement, Shapes, Sharding, gpu_items, host_items, host_table_bytes, shapes_of
 from qlora_api.types import QLoRAFinetuneSpec
 
-Sharding = Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"]
-
-BLOCK, BLOCK2, ALIGNMENT = 64, 256, 256  # of the packed format (qlora_trainer.quant)
-LOSS_CHUNK = 2048  # tokens whose logits exist at a time (qlora_trainer.loss)
 USABLE = 0.92  # share of a GPU that a plan may fill: context, NCCL and fragmentation take the rest
-GPU_FIXED = 128 << 20  # workspaces of cuBLAS and cuDNN and small tensors; fitted to the runs of benchmarks/results.md
-HOST_FIXED = int(1.6 * 2**30)  # anonymous memory of a worker: interpreter, torch, compiled code
-ACTIVATIONS_MEASURED = 1.01  # measured over counted: statistics of norms and attention, alignment
-HOST_LOOKUP = 32 << 20  # bytes of embeddings a micro batch that may come from host memory: a few ms a step
 TARGET_TOKENS = 8192  # a micro batch of so many tokens fills the chip: more gains under 2 %
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 class Plan(ApiModel):
@@ -32,6 +24,7 @@ class Plan(ApiModel):
     micro_batch_size: int = Field(ge=1)
     num_layers: int
     recomputed_layers: int = Field(description="Decoder layers whose activations are recomputed, the first ones.")
+    cpu_offload: bool = Field(description="The shards stay in host memory.")
     host_embeddings: bool = Field(description="The embedding table stays in host memory, mapped from the cache.")
     gpu: dict[str, int] = Field(description="Bytes on the GPU at the peak of a step.")
     host: dict[str, int] = Field(description="Bytes of host memory a rank.")
@@ -55,54 +48,20 @@ class Plan(ApiModel):
             return ""
         need, have = self.gpu_bytes / 2**30, self.gpu_limit / 2**30
         largest = max(self.gpu, key=lambda item: self.gpu[item])
+        offload = "" if self.cpu_offload else " set training.cpuOffload: true,"
         return (
             f"the run needs {need:.1f} GiB a GPU and {have:.1f} GiB are usable (most for {largest}): lower"
-            " training.maxLength or microBatchSize, set training.cpuOffload: true, or add nodes"
+            f" training.maxLength or microBatchSize,{offload} or add nodes"
         )
 
-
-class Shapes(ApiModel):
-    """A decoder-only model's sizes; `linears` are (rows, columns, reads the same input as the one before)."""
-
-    num_layers: int
-    hidden: int
-    feed_forward: int
-    query: int
-    key_value: int
-    vocabulary: int
-    tied: bool
-    gated: bool
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(rows, columns) of a layer's linears by their usual names."""
-        d, ff = self.hidden, self.feed_forward
-        attention = {"q_proj": (self.query, d), "k_proj": (self.key_value, d), "v_proj": (self.key_value, d)}
-        mlp = {"gate_proj": (ff, d), "up_proj": (ff, d)} if self.gated else {"up_proj": (ff, d)}
-        return {**attention, "o_proj": (d, self.query), **mlp, "down_proj": (d, ff)}
-
-
-NOT_GATED = frozenset({"phi", "gpt_neox", "gpt2", "opt", "bloom", "falcon", "starcoder2", "gpt_bigcode"})
-
-
-def shapes_of(model_config: Mapping[str, Any]) -> Shapes:
-    """Sizes from a config.json. ValueError when it is not a decoder-only transformer's."""
-    config = model_config.get("text_config") or model_config
-    try:
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        head = config.get("head_dim") or hidden // heads
-        return Shapes(
-            num_layers=config["num_hidden_layers"],
-            hidden=hidden,
-            feed_forward=config.get("intermediate_size") or 4 * hidden,
-            query=heads * head,
-            key_value=(config.get("num_key_value_heads") or heads) * head,
-            vocabulary=config["vocab_size"],
-            tied=bool(config.get("tie_word_embeddings", False)),
-            gated=config.get("model_type") not in NOT_GATED,
+    def summary(self) -> str:
+        """One line for the log."""
+        offloaded = f", base in host memory ({self.host['base'] / 2**30:.1f} GiB)" if self.cpu_offload else ""
+        memory = f", {self.gpu_bytes / 2**30:.1f} of {self.gpu_limit / 2**30:.1f} usable GiB" if self.gpu_limit else ""
+        return (
+            f"{self.sharding}{offloaded}, micro batch {self.micro_batch_size},"
+            f" {self.recomputed_layers} of {self.num_layers} layers recomputed{memory}"
         )
-    except KeyError as error:
-        raise ValueError(f"config.json lacks {error}: the memory plan knows decoder-only transformers") from error
 
 
 def plan(
@@ -114,54 +73,80 @@ def plan(
 ) -> Plan:
     """The plan for `world_size` ranks with GPUs of `gpu_bytes` (0: no GPU). It may not fit: see Plan.fits.
 
-    Preferred in this order: no sharding, the largest useful micro batch, the fewest recomputed layers.
+    Raises ValueError when config.json is not a decoder-only transformer's.
     """
-    shapes = shapes_of(model_config)
-    limit = int(gpu_bytes * USABLE)
-    wanted = micro_batch_size or spec.training.micro_batch_size
-    candidates = [wanted] if wanted else _micro_batches(spec, world_size)
-    last: Plan | None = None
-    for micro_batch in candidates:
-        for sharding in _shardings(spec, world_size):
-            last = _with_fewest_recomputed(spec, shapes, limit, world_size, sharding, micro_batch)
-            if last.fits:
-                return last
-    assert last is not None
-    return last
+    micro_batch = micro_batch_size or pick_micro_batch(spec, model_config, gpu_bytes)
+    return _first_that_fits(spec, shapes_of(model_config), int(gpu_bytes * USABLE), world_size, micro_batch)
+
+
+def pick_micro_batch(spec: QLoRAFinetuneSpec, model_config: Mapping[str, Any], gpu_bytes: int) -> int:
+    """Sequences of a forward pass: the spec's, else the largest useful number that the smallest world has memory for.
+
+    Useful: up to TARGET_TOKENS, a divisor of the global batch that leaves no GPU of the largest world without work.
+    The present world does not matter: other micro batches would have other dropout masks, so a run would depend on who
+    was there. Offloading comes after smaller micro batches.
+    """
+    if spec.training.micro_batch_size:
+        return spec.training.micro_batch_size
+    shapes, limit = shapes_of(model_config), int(gpu_bytes * USABLE)
+    smallest, largest = (
+        n * spec.num_proc_per_node for n in (spec.elastic_policy.min_nodes, spec.elastic_policy.max_nodes)
+    )
+    plans = [_first_that_fits(spec, shapes, limit, smallest, n) for n in _micro_batches(spec, largest)]
+    fitting = [made for made in plans if made.fits]
+    on_gpu = [made for made in fitting if not made.cpu_offload]
+    return (on_gpu or fitting or plans[-1:])[0].micro_batch_size
 
 
 def _micro_batches(spec: QLoRAFinetuneSpec, world_size: int) -> list[int]:
     """Micro batches to try, largest first: divisors of the global batch that keep every rank busy."""
-    most = max(1, TARGET_TOKENS // spec.training.max_length)
-    share = max(1, spec.training.global_batch_size // world_size)
-    fitting = [n for n in range(1, min(most, share) + 1) if spec.training.global_batch_size % n == 0]
-    return sorted(fitting, reverse=True)
+    training = spec.training
+    most = max(1, min(TARGET_TOKENS // training.max_length, training.global_batch_size // world_size))
+    return [n for n in range(most, 0, -1) if training.global_batch_size % n == 0]
 
 
-def _shardings(spec: QLoRAFinetuneSpec, world_size: int) -> list[Sharding]:
-    wanted = spec.training.sharding_strategy
-    if world_size == 1 and not spec.training.cpu_offload:
-        return ["NO_SHARD"]
+def _first_that_fits(spec: QLoRAFinetuneSpec, shapes: Shapes, limit: int, world_size: int, micro_batch: int) -> Plan:
+    """By the order of `_placements`; the last one when none fits."""
+    for base in _placements(spec, world_size):
+        made = _with_fewest_recomputed(spec, shapes, limit, base, micro_batch)
+        if made.fits:
+            break
+    return made
+
+
+def _placements(spec: QLoRAFinetuneSpec, world_size: int) -> list[Placement]:
+    """Placements of the base to try, fastest first.
+
+    `auto` never takes SHARD_GRAD_OP: the base is frozen, so gathered for the backward pass it is as large as a whole
+    one, plus the shard. Where that fits, NO_SHARD does, and is faster.
+    """
+    wanted, offload = spec.training.sharding_strategy, spec.training.cpu_offload
+    whole = Placement(world_size, "NO_SHARD")
+    offloaded = Placement(world_size, "FULL_SHARD", offload=True, host_table=True)
     if wanted != "auto":
-        return [wanted]
-    return ["FULL_SHARD"] if spec.training.cpu_offload else ["NO_SHARD", "FULL_SHARD"]
+        shards = wanted != "NO_SHARD" and (world_size > 1 or offload)  # one rank shards only to offload
+        return [Placement(world_size, wanted, offload, host_table=True) if shards else whole]
+    if offload:
+        return [offloaded]
+    sharded = [Placement(world_size, "FULL_SHARD", host_table=True)] if world_size > 1 else []
+    return [whole, whole._replace(host_table=True), *sharded, offloaded]
 
 
 def _with_fewest_recomputed(
-    spec: QLoRAFinetuneSpec, shapes: Shapes, limit: int, world_size: int, sharding: Sharding, micro_batch: int
+    spec: QLoRAFinetuneSpec, shapes: Shapes, limit: int, base: Placement, micro_batch: int
 ) -> Plan:
     tokens = micro_batch * spec.training.max_length
 
     def build(recomputed: int) -> Plan:
-        gpu = gpu_items(spec, shapes, world_size, sharding, micro_batch, recomputed)
         return Plan(
-            sharding=sharding,
+            sharding=base.sharding,
             micro_batch_size=micro_batch,
             num_layers=shapes.num_layers,
             recomputed_layers=recomputed,
-            host_embeddings=limit > 0 and host_table_bytes(spec, shapes, sharding, tokens) > 0,
-            gpu=gpu if limit else {},
-            host=host_items(spec, shapes, world_size, sharding),
+            cpu_offload=base.offload,
+            host_embeddings=limit > 0 and host_table_bytes(spec, shapes, base, tokens) > 0,
+            gpu=gpu_items(spec, shapes, base, micro_batch, recomputed) if limit else {},
+            host=host_items(spec, shapes, base),
             gpu_limit=limit,
         )
 
@@ -173,120 +158,3 @@ def _with_fewest_recomputed(
         middle = (low + high) // 2
         low, high = (low, middle) if build(middle).fits else (middle + 1, high)
     return build(low)
-
-
-def gpu_items(
-    spec: QLoRAFinetuneSpec, shapes: Shapes, world_size: int, sharding: Sharding, micro_batch: int, recomputed: int
-) -> dict[str, int]:
-    """Bytes on one GPU at the peak of a step, by item."""
-    tokens = micro_batch * spec.training.max_length
-    item = ITEM_BYTES[spec.quantization.compute_dtype]
-    kept = shapes.num_layers - recomputed
-    activation = activation_bytes(spec, shapes, tokens)
-    boundary = tokens * shapes.hidden * item
-    return {
-        "base": _base_bytes(spec, shapes, world_size, sharding),
-        "embeddings": rest_bytes(spec, shapes) - host_table_bytes(spec, shapes, sharding, tokens),
-        "adapter": adapter_numel(spec, shapes) * _bytes_per_trainable(spec),
-        "activations": kept * activation + recomputed * boundary,
-        "workspace": GPU_FIXED
-        + max(_loss_bytes(shapes, tokens, item), _backward_bytes(spec, shapes, tokens, recomputed)),
-    }
-
-
-def layer_bytes(spec: QLoRAFinetuneSpec, shapes: Shapes) -> int:
-    """Packed bytes of one decoder layer, as qlora_trainer.quant lays them out."""
-    end = 0
-    for rows, columns in shapes.linears.values():
-        for size in _range_sizes(spec, rows * columns):
-            end = _align(end) + size
-    return _align(end)
-
-
-def _range_sizes(spec: QLoRAFinetuneSpec, numel: int) -> list[int]:
-    if spec.quantization.type == "none":
-        return [numel * ITEM_BYTES[spec.quantization.storage_dtype]]
-    blocks = -(-numel // BLOCK)
-    codes = (numel + 1) // 2
-    return [codes, blocks, 4 * -(-blocks // BLOCK2), 4] if spec.quantization.double_quant else [codes, 4 * blocks]
-
-
-def _align(offset: int) -> int:
-    return -(-offset // ALIGNMENT) * ALIGNMENT
-
-
-def _base_bytes(spec: QLoRAFinetuneSpec, shapes: Shapes, world_size: int, sharding: Sharding) -> int:
-    layer = layer_bytes(spec, shapes)
-    if sharding == "NO_SHARD":
-        return shapes.num_layers * layer
-    shard = -(-layer // world_size)
-    shards = shard if spec.training.cpu_offload else shapes.num_layers * shard  # offloaded: the one on its way
-    whole = shapes.num_layers if sharding == "SHARD_GRAD_OP" else 2  # the layer in use and the next one
-    return shards + whole * layer
-
-
-def rest_bytes(spec: QLoRAFinetuneSpec, shapes: Shapes) -> int:
-    """Embeddings, head and norms: replicated, in the storage type."""
-    matrices = 1 if shapes.tied else 2
-    numel = matrices * shapes.vocabulary * shapes.hidden + (2 * shapes.num_layers + 1) * shapes.hidden
-    return numel * ITEM_BYTES[spec.quantization.storage_dtype]
-
-
-def host_table_bytes(spec: QLoRAFinetuneSpec, shapes: Shapes, sharding: Sharding, tokens: int) -> int:
-    """Bytes of the embedding table that need no GPU: where memory counts (sharded) and a lookup is small."""
-    item = ITEM_BYTES[spec.quantization.storage_dtype]
-    small = tokens * shapes.hidden * item <= HOST_LOOKUP or spec.training.cpu_offload
-    return 0 if shapes.tied or sharding == "NO_SHARD" or not small else shapes.vocabulary * shapes.hidden * item
-
-
-def adapter_numel(spec: QLoRAFinetuneSpec, shapes: Shapes) -> int:
-    """Elements of A, B and DoRA's magnitudes."""
-    total = 0
-    for name, (rows, columns) in shapes.linears.items():
-        if _is_target(name, spec.lora.target_modules):
-            total += spec.lora.r * (rows + columns) + (rows if spec.lora.use_dora else 0)
-    return shapes.num_layers * total
-
-
-def _is_target(name: str, targets: list[str]) -> bool:
-    return targets == ["all-linear"] or any(target.rpartition(".")[2] == name for target in targets)
-
-
-def _bytes_per_trainable(spec: QLoRAFinetuneSpec) -> int:
-    """Master, gradient, working copy, two moments."""
-    work = 0 if spec.quantization.compute_dtype == "float32" else 2
-    return 4 + 4 + work + (8 if spec.training.optimizer == "adamw" else 2)
-
-
-def activation_bytes(spec: QLoRAFinetuneSpec, shapes: Shapes, tokens: int) -> int:
-    """What a decoder layer keeps for its backward pass: inputs of its linears, norms and attention."""
-    d, ff = shapes.hidden, shapes.feed_forward
-    gates = 3 if shapes.gated else 2
-    item = ITEM_BYTES[spec.quantization.compute_dtype]
-    wide = 5 * d + 2 * shapes.query + 2 * shapes.key_value + gates * ff
-    low_rank = spec.lora.r * sum(_is_target(name, spec.lora.target_modules) for name in shapes.linears)
-    return int(ACTIVATIONS_MEASURED * tokens * ((wide + low_rank) * item + 4 * shapes.query // 128))
-
-
-def _loss_bytes(shapes: Shapes, tokens: int, item: int) -> int:
-    """Logits of a chunk, their gradient, and the hidden states' gradient."""
-    chunk = min(tokens, LOSS_CHUNK)
-    return 2 * chunk * shapes.vocabulary * item + 4 * tokens * shapes.hidden * item
-
-
-def _backward_bytes(spec: QLoRAFinetuneSpec, shapes: Shapes, tokens: int, recomputed: int) -> int:
-    """Beside what is kept: a recomputed layer's activations, gradients in flight, one dequantized weight."""
-    item = ITEM_BYTES[spec.quantization.compute_dtype]
-    gates = 2 if shapes.gated else 1
-    weight = shapes.feed_forward * shapes.hidden * item
-    if recomputed:  # its own activations are freed as fast as gradients of their size appear
-        return activation_bytes(spec, shapes, tokens) + weight + 2 * tokens * shapes.hidden * item
-    return weight + tokens * (gates * shapes.feed_forward + 2 * shapes.hidden) * item
-
-
-def host_items(spec: QLoRAFinetuneSpec, shapes: Shapes, world_size: int, sharding: Sharding) -> dict[str, int]:
-    """Bytes of host memory a rank: the worker, two snapshot slots of the trainable state, an offloaded base."""
-    state = adapter_numel(spec, shapes) * (12 if spec.training.optimizer == "adamw" else 6)
-    layer = layer_bytes(spec, shapes)
-    offloaded = shapes.num_layers * -(-layer // world_size) if spec.training.cpu_offload else 0
-    return {"worker": HOST_FIXED, "snapshots": 2 * state, "base": offloaded, "loading": layer}

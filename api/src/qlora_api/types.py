@@ -141,7 +141,7 @@ class TrainingSpec(ApiModel):
         None,
         ge=1,
         le=4096,
-        description="Sequences a forward pass; empty: as many as make 8192 tokens and leave one for every GPU.",
+        description="Sequences a forward pass; empty: up to 8192 tokens that fit the GPU and leave one for every GPU.",
     )
     max_length: int = Field(2048, ge=8, le=1_048_576, description="Tokens a sequence; longer samples are cut.")
     packing: bool = Field(True, description="Fill sequences with several samples, each attending to itself only.")
@@ -167,7 +167,9 @@ class TrainingSpec(ApiModel):
         "auto", description="Recompute activations; auto: only as far as memory asks for."
     )
     sharding_strategy: Literal["auto", "FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"] = Field(
-        "auto", description="How the base is spread over the GPUs; auto: one card while it fits, else FULL_SHARD."
+        "auto",
+        description="How the base is spread over the GPUs; auto: whole on each while it fits, else FULL_SHARD, else"
+        " that with cpuOffload.",
     )
     cpu_offload: bool = Field(False, description="Keep the sharded base in host memory.")
 

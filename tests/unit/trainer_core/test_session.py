@@ -1,27 +1,35 @@
-"""How a step's sequences are cut for the members."""
+"""The micro batch comes from the memory plan, whatever the worker is given to plan with."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from qlora_trainer.errors import BadConfig
 from qlora_trainer.session import micro_batch_size
 
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 300,
+}
 
-@pytest.mark.parametrize(
-    ("training", "nodes", "gpus", "expected"),
-    [
-        ({"globalBatchSize": 16, "maxLength": 128}, 1, 1, 16),  # fits at once
-        ({"globalBatchSize": 16, "maxLength": 2048}, 1, 1, 4),  # as many tokens as a forward pass takes
-        ({"globalBatchSize": 16, "maxLength": 2048}, 4, 2, 2),  # one for each GPU
-        ({"globalBatchSize": 4, "maxLength": 128}, 2, 1, 2),
-        ({"globalBatchSize": 2, "maxLength": 128}, 8, 8, 1),  # more GPUs than sequences
-        ({"globalBatchSize": 15, "maxLength": 128}, 2, 1, 5),  # a divisor
-        ({"globalBatchSize": 16, "microBatchSize": 8, "maxLength": 128}, 4, 8, 8),  # the spec's word
-    ],
-)
-def test_no_gpu_of_the_largest_world_is_left_without_work(
-    make_config: Any, training: dict[str, Any], nodes: int, gpus: int, expected: int
-) -> None:
-    config = make_config(training=training, elasticPolicy={"maxNodes": nodes})
-    spec = config.spec.model_copy(update={"num_proc_per_node": gpus})
-    assert micro_batch_size(config.model_copy(update={"spec": spec})) == expected
+
+def hf_config(values: dict[str, Any]) -> Any:
+    """As much of transformers' configuration as is asked for."""
+    return SimpleNamespace(to_dict=lambda: values)
+
+
+def test_memory_limits_the_micro_batch_and_the_spec_overrules_it(make_config: Any) -> None:
+    config = make_config(training={"globalBatchSize": 16, "maxLength": 512})
+    sizes = [micro_batch_size(config, hf_config(TINY), gpu_bytes) for gpu_bytes in (0, 1 << 34, 1 << 27)]
+    assert sizes == [16, 16, 1]
+    config = make_config(training={"globalBatchSize": 16, "maxLength": 512, "microBatchSize": 8})
+    assert micro_batch_size(config, hf_config(TINY), 1 << 27) == 8
+
+
+def test_a_model_that_cannot_be_planned_for_is_the_users_to_change(make_config: Any) -> None:
+    with pytest.raises(BadConfig, match="hidden_size"):
+        micro_batch_size(make_config(), hf_config({}), 0)

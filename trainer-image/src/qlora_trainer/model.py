@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -25,7 +26,7 @@ from qlora_trainer.loader import PackedModel, discard_damaged
 from qlora_trainer.lora import Adapter, Group, LayerState
 from qlora_trainer.loss import IGNORED, chunked_loss, token_losses
 from qlora_trainer.quant import ALIGNMENT, FP_TYPES, fingerprint
-from qlora_trainer.sharding import gathered, packed_parameter, shard_layer, shard_root
+from qlora_trainer.sharding import gathered, mesh_of_one, packed_parameter, shard_layer, shard_root
 from qlora_trainer.skeleton import CausalLM, build_skeleton, decoder_layers
 
 
@@ -172,6 +173,9 @@ def build_model(
     attention = pick_attention(packed.hf_config, spec.training.max_length, device, dtype)
     hf_model = build_skeleton(packed.hf_config, dtype, packed.trust_remote_code, attention)
     plan = plan_for(config, packed.hf_config, mesh, device, micro_batch)
+    if plan.cpu_offload and mesh is None:
+        mesh = mesh_of_one(device)
+    sharded = mesh is not None and plan.sharding != "NO_SHARD"
     _fill_rest(hf_model, packed.read_rest(device, _host_table(hf_model) if plan.host_embeddings else ""), device)
     tables = packed.read_tables(device)
     layers = decoder_layers(hf_model)[1]
@@ -180,18 +184,17 @@ def build_model(
     groups = [Group(plan, tables, dtype, states[plan.layer], dora) for plan in plan_groups(spec.lora, packed)]
     replace_linears(layers, groups, dora)
     adapter = Adapter(groups, device, dtype, spec.training.seed, spec.lora.freeze_a, dora)
-    strategy, offload, recomputed = plan.sharding, spec.training.cpu_offload, plan.recomputed_layers
     compiled = compiles(device)
     for index, layer in enumerate(layers):
-        sharded = mesh is not None and strategy != "NO_SHARD"
         rank, size = (mesh.get_local_rank(), mesh.size()) if sharded and mesh is not None else (0, 1)
         layer.packed = packed_parameter(_load_bytes(packed, index, rank, size, device))
         if sharded:
             assert mesh is not None
-            shard_layer(layer, mesh, strategy, offload, pin_memory=device.type == "cuda")
-        set_forward(layer, states[index], index < recomputed, compiled)
+            shard_layer(layer, mesh, plan.sharding, plan.cpu_offload, pin_memory=device.type == "cuda")
+        set_forward(layer, states[index], index < plan.recomputed_layers, compiled)
     model = TrainableModel(hf_model, packed, adapter, config, device, plan)
-    if mesh is not None and strategy != "NO_SHARD":
+    if sharded:
+        assert mesh is not None
         shard_root(hf_model, layers, mesh)
         model.sharded = True
     if compiled:
@@ -240,9 +243,18 @@ def plan_for(
     config: TrainConfig, hf_config: Any, mesh: DeviceMesh | None, device: torch.device, micro_batch: int | None = None
 ) -> Plan:
     """The memory plan on this device. Raises BadConfig when config.json cannot be planned for."""
-    gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     world_size = 1 if mesh is None else mesh.size()
     try:
-        return make_plan(config.spec, hf_config.to_dict(), gpu_bytes, world_size, micro_batch)
+        return make_plan(config.spec, hf_config.to_dict(), smallest_gpu(mesh, device), world_size, micro_batch)
     except ValueError as error:
         raise BadConfig(str(error)) from error
+
+
+def smallest_gpu(mesh: DeviceMesh | None, device: torch.device) -> int:
+    """Bytes of the smallest GPU among the ranks, which must all plan alike; 0 on CPUs."""
+    if device.type != "cuda":
+        return 0
+    own = torch.tensor([torch.cuda.get_device_properties(device).total_memory], device=device)
+    if mesh is not None:
+        dist.all_reduce(own, dist.ReduceOp.MIN, mesh.get_group())
+    return int(own.item())

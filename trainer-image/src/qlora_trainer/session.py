@@ -4,6 +4,7 @@ Rules: what can be refused is refused before anything expensive; nothing here de
 sharding of the base; the order of set-up is the order of the functions.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,22 +18,24 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from qlora_api.layout import RunLayout
+from qlora_api.memory import pick_micro_batch
 from qlora_api.run import TrainConfig
 from qlora_trainer import faults
 from qlora_trainer.checkpoint import CheckpointWriter
 from qlora_trainer.control import WorkerEnv
 from qlora_trainer.data import BatchPlan, Sequences, build_sequences, hold_out
+from qlora_trainer.errors import BadConfig
 from qlora_trainer.loader import PackedModel, ensure_packed
-from qlora_trainer.model import TrainableModel, build_model
+from qlora_trainer.model import TrainableModel, build_model, smallest_gpu
 from qlora_trainer.optim import Optimizer
 from qlora_trainer.samples import SampleSet, ensure_samples
+from qlora_trainer.sharding import backend_of
 from qlora_trainer.snapshot import SnapshotSlots
 from qlora_trainer.sources import Source, ensure_dataset, ensure_model
 from qlora_trainer.storage import ObjectStore, open_store
 from qlora_trainer.tokens import load_tokenizer, pad_id
 
 GROUP_TIMEOUT = timedelta(minutes=30)  # agents find lost peers in seconds; this is for nobody's agent
-_MICRO_TOKENS = 8192  # tokens of a forward pass when the spec leaves the micro batch open
 
 
 @dataclass(frozen=True)
@@ -82,21 +85,26 @@ class Session:
 
 @contextmanager
 def process_group(env: WorkerEnv) -> Iterator[DeviceMesh | None]:
-    """The members' group and its mesh; None for a single process. CPU tensors go through gloo, CUDA's through NCCL."""
+    """The members' group and its mesh; None for a single process."""
     if env.device_type == "cuda":
         torch.cuda.set_device(env.local_rank)
-    if env.world_size == 1:
-        yield None
-        return
-    faults.reach("rendezvous")
-    backend = "cpu:gloo,cuda:nccl" if env.device_type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, init_method=env.init_method, rank=env.rank, world_size=env.world_size, timeout=GROUP_TIMEOUT
-    )
     try:
-        yield init_device_mesh(env.device_type, (env.world_size,))
+        yield _join(env) if env.world_size > 1 else None
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join(env: WorkerEnv) -> DeviceMesh:
+    faults.reach("rendezvous")
+    dist.init_process_group(
+        backend_of(env.device_type),
+        init_method=env.init_method,
+        rank=env.rank,
+        world_size=env.world_size,
+        timeout=GROUP_TIMEOUT,
+    )
+    return init_device_mesh(env.device_type, (env.world_size,))
 
 
 def device_of(env: WorkerEnv) -> torch.device:
@@ -139,31 +147,31 @@ def _prepare_data(config: TrainConfig, env: WorkerEnv, model: Source) -> Data:
         len(sequences),
         training.seed,
         training.global_batch_size,
-        micro_batch_size(config),
+        training.micro_batch_size or 1,  # what the GPUs have memory for is known in set_up
         training.max_steps,
         training.epochs,
     )
     return Data(samples, sequences, eval_samples, eval_sequences, plan, pad_id(tokenizer), digests)
 
 
-def micro_batch_size(config: TrainConfig) -> int:
-    """Sequences of a forward pass: the spec's, else the largest divisor of the global batch that fits _MICRO_TOKENS and
-    leaves one for every GPU of the largest world (the present one would make dropout depend on it)."""
-    spec, training = config.spec, config.spec.training
-    if training.micro_batch_size:
-        return training.micro_batch_size
-    most_ranks = spec.elastic_policy.max_nodes * spec.num_proc_per_node
-    most = max(1, min(_MICRO_TOKENS // training.max_length, training.global_batch_size // most_ranks))
-    return max(n for n in range(1, training.global_batch_size + 1) if training.global_batch_size % n == 0 and n <= most)
+def micro_batch_size(config: TrainConfig, hf_config: Any, gpu_bytes: int) -> int:
+    """Sequences of a forward pass on GPUs of at least `gpu_bytes` (0: no GPU), by the memory plan. Raises BadConfig."""
+    try:
+        return pick_micro_batch(config.spec, hf_config.to_dict(), gpu_bytes)
+    except ValueError as error:
+        raise BadConfig(str(error)) from error
 
 
 def set_up(config: TrainConfig, env: WorkerEnv, mesh: DeviceMesh | None) -> Session:
     """All parts, the base verified byte by byte. Raises what the parts raise."""
     prepared = prepare(config, env)
     device = device_of(env)
-    micro_batch = broadcast(micro_batch_size(config), 0, env)  # maxNodes may just have changed for some of the members
+    micro_batch = micro_batch_size(config, prepared.packed.hf_config, smallest_gpu(mesh, device))
+    micro_batch = broadcast(micro_batch, 0, env)  # elasticPolicy may just have changed for some of the members
     data = replace(prepared.data, plan=replace(prepared.data.plan, micro_batch_size=micro_batch))
     model = build_model(config, prepared.packed, mesh, device, micro_batch)
+    if env.rank == 0:
+        print(f"memory plan: {model.plan.summary()} {model.plan.advice()}".rstrip(), file=sys.stderr, flush=True)
     model.verify()
     optimizer = Optimizer(config, model.adapter, env.world_size)
     store, layout = open_output(config, env)

@@ -7,15 +7,17 @@ refused; so `PackedBytes` wears a floating type outside and hands over its bytes
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.utils import _pytree as pytree
 
-Strategy = Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"]
+from qlora_api.footprint import Sharding
+
 _KEEPS_BYTES = ("_to_copy", "new_zeros", "new_empty", "empty_like", "zeros_like")
 
 
@@ -117,7 +119,20 @@ def gathered(layer: nn.Module) -> Iterator[Tensor]:
             layer.reshard()
 
 
-def shard_layer(layer: nn.Module, mesh: DeviceMesh, strategy: Strategy, offload: bool, pin_memory: bool) -> None:
+def backend_of(device_type: str) -> str:
+    """The process group's backends: CPU tensors go through gloo, CUDA's through NCCL."""
+    return "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+
+
+def mesh_of_one(device: torch.device) -> DeviceMesh:
+    """A mesh of this process alone: FSDP2 offloads only what it shards, so a lone rank shards over itself."""
+    if not dist.is_initialized():
+        store = dist.HashStore()  # type: ignore[attr-defined] # public, but not in torch's __all__
+        dist.init_process_group(backend_of(device.type), store=store, rank=0, world_size=1)
+    return init_device_mesh(device.type, (1,))
+
+
+def shard_layer(layer: nn.Module, mesh: DeviceMesh, strategy: Sharding, offload: bool, pin_memory: bool) -> None:
     """Shard `layer.packed` over the mesh; everything else of the layer stays whole."""
     ignored = {parameter for name, parameter in layer.named_parameters() if name != "packed"}
     policy = CPUOffloadPolicy(pin_memory=pin_memory) if offload else OffloadPolicy()
