@@ -12,17 +12,8 @@ from typing import Any
 import aiohttp
 import pytest
 from hack.demo.kubectl import Kubectl
-from tests.integration.operator_support import (
-    RUNS,
-    FakeAgent,
-    OperatorProcess,
-    Runs,
-    World,
-    connect,
-    container,
-    eventually,
-    least_rights,
-)
+from tests.integration.operator_support import RUNS, OperatorProcess, Runs, connect, eventually, least_rights
+from tests.integration.players import FakeAgent, World, container
 
 from qlora_api.run import ExitCode, Report, Termination
 from qlora_api.status import QLoRAFinetuneStatus, State

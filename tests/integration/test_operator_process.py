@@ -9,7 +9,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 from hack.demo.kubectl import Kubectl
-from tests.integration.operator_support import OperatorProcess, Runs, World, connect, eventually, least_rights
+from tests.integration.operator_support import OperatorProcess, Runs, connect, eventually, least_rights
+from tests.integration.players import World
 
 from qlora_api.status import State
 

@@ -6,29 +6,20 @@ once the faults have ceased is an error, too.
 """
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
-from qlora_api.run import AgentState, Command, ExitCode, Membership, Report, RunIdentity, Termination
-from qlora_api.status import Artifacts, Member, Progress, QLoRAFinetuneStatus
+from tests.unit.operator.simulated_agent import SimAgent
+
+from qlora_api.run import AgentState, Command, ExitCode, RunIdentity, Termination
+from qlora_api.status import Member, QLoRAFinetuneStatus
 from qlora_api.types import ElasticPolicy, QLoRAFinetuneSpec
 from qlora_operator.conditions import is_over
 from qlora_operator.decide import decide
 from qlora_operator.settings import Settings
-from qlora_operator.state import (
-    CreatePod,
-    Decision,
-    DeletePod,
-    DeleteRun,
-    Exit,
-    Observed,
-    Pod,
-    PodIdentity,
-    Run,
-)
+from qlora_operator.state import CreatePod, Decision, DeletePod, DeleteRun, Exit, Observed, Pod, PodIdentity, Run
 from qlora_operator.table import RunTable
 
-CALLABLE = (AgentState.RUNNING, AgentState.FAILED)
 TICK = 0.5
 START = datetime(2026, 1, 1, tzinfo=UTC)
 SETTINGS = Settings(
@@ -45,56 +36,6 @@ WORKER_ENDS = (
 
 
 @dataclass
-class SimAgent:
-    """PID 1 of a pod."""
-
-    pod: PodIdentity
-    warm_at: float
-    state: AgentState = AgentState.WARMING
-    joined: int = 0
-    view: Membership = field(default_factory=Membership)
-    termination: Termination | None = None
-    stubborn_until: float = 0.0  # does not react to prepare
-    silent_until: float = 0.0  # partitioned: neither reports nor learns
-    in_flight: Report | None = None  # a report made earlier and still under way
-    stopped: bool = False  # PID 1 ends
-    floor: int | None = None  # only newer generations are joined; set by the first answer
-
-    def report(self, step: int, total: int) -> Report:
-        done = self.state == AgentState.FINISHED
-        first = bool(self.view.members) and self.view.members[0].pod_uid == self.pod.pod_uid
-        artifacts = Artifacts(adapter_uri="a", manifest_uri="m", adapter_bytes=1, adapter_sha256="0")
-        return Report(
-            address="10.0.0.1",
-            state=self.state,
-            generation=self.joined,
-            known_generation=self.view.generation,
-            known_prepare=self.view.prepare,
-            known_command=self.view.command,
-            progress=Progress(step=step, total_steps=total)
-            if self.state in (AgentState.RUNNING, AgentState.FINISHED)
-            else None,
-            termination=self.termination,
-            artifacts=artifacts if done and first else None,
-        )
-
-    def learn(self, view: Membership, now: float) -> None:
-        if view.generation < self.view.generation:
-            return
-        self.view = view
-        self.floor = view.generation if self.floor is None else self.floor
-        mine = self.pod.pod_uid in [member.pod_uid for member in view.members]
-        if view.command == Command.STOP:
-            self.stopped = self.stopped or now >= self.stubborn_until
-            return
-        called = view.prepare > self.joined or not mine
-        if self.state == AgentState.READY and mine and view.generation > max(self.joined, self.floor):
-            self.joined, self.state, self.termination = view.generation, AgentState.RUNNING, None
-        elif called and self.joined and now >= self.stubborn_until and self.state in CALLABLE:
-            self.state = AgentState.READY
-
-
-@dataclass
 class Simulation:
     """One history."""
 
@@ -104,7 +45,6 @@ class Simulation:
     total: int = 20
     faulty_seconds: float = 40.0
     limit_seconds: float = 400.0
-    suspends: bool = False
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
@@ -122,6 +62,7 @@ class Simulation:
         self.pods: dict[str, Pod] = {}
         self.born: dict[str, float] = {}
         self.agents: dict[str, SimAgent] = {}
+        self.dead_nodes: set[str] = set()
         self.table: RunTable | None = None
         self.now = 0.0
         self.next_pass = 0.0
@@ -285,8 +226,6 @@ class Simulation:
                 self.pods[name] = replace(pod, ended=False)
                 identity = PodIdentity("n", "r-qlora", name, pod.uid)
                 self.agents[pod.uid] = SimAgent(identity, self.now + self.rng.uniform(0, 3))
-
-    dead_nodes: set[str] = field(default_factory=set)
 
     def _train(self) -> None:
         """A step when every member of the newest generation runs; then the end."""
