@@ -172,6 +172,14 @@ def test_the_network_policy_lets_trainers_in() -> None:
     assert [rule["ports"][0]["port"] for rule in policy["spec"]["ingress"]] == ["coordinator", "metrics"]
 
 
+def test_a_digest_takes_the_tags_place() -> None:
+    digest = f"sha256:{'a' * 64}"
+    objects = render(f'image={{"repository":"r/o","tag":"1","digest":"{digest}"}}', f'trainer.image.digest="{digest}"')
+    container = objects["Deployment/qlora-operator"]["spec"]["template"]["spec"]["containers"][0]
+    assert container["image"] == f"r/o@{digest}"
+    assert environment(objects)["QLORA_TRAINER_IMAGE"] == f"qlora-trainer@{digest}"
+
+
 @pytest.mark.parametrize(
     ("setting", "named"),
     [
@@ -183,6 +191,7 @@ def test_the_network_policy_lets_trainers_in() -> None:
         ('log.level="LOUD"', "level"),
         ("coordinator.port=0", "port"),
         ("image.tag=1", "tag"),
+        ('trainer.image.digest="1234"', "digest"),
     ],
 )
 def test_a_wrong_value_is_refused(setting: str, named: str) -> None:

@@ -33,7 +33,9 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 
 {{- define "qlora.image" -}}
-{{- printf "%s:%s" .image.repository (default .appVersion .image.tag) }}
+{{- with .image.digest }}{{ printf "%s@%s" $.image.repository . }}
+{{- else }}{{ printf "%s:%s" .image.repository (default .appVersion .image.tag) }}
+{{- end }}
 {{- end }}
 
 {{- /* One variable for each setting of the operator that the values name: src/qlora_operator/settings.py. */}}
