@@ -25,9 +25,9 @@ COUNTED_REASONS = {
     ExitCode.OUT_OF_MEMORY: Reason.OUT_OF_MEMORY,
 }
 ADVICE = {
-    Reason.OUT_OF_MEMORY: "Lower training.microBatchSize or training.maxLength, set training.gradientCheckpointing to"
-    " full, shard with training.shardingStrategy FULL_SHARD or training.cpuOffload; for host memory raise"
-    " resourcesPerNode.limits.memory.",
+    Reason.OUT_OF_MEMORY: "In a new QLoRAFinetune lower training.microBatchSize or training.maxLength, set"
+    " training.gradientCheckpointing to full, shard with training.shardingStrategy FULL_SHARD or training.cpuOffload;"
+    " for host memory raise resourcesPerNode.limits.memory.",
     Reason.STORAGE_UNAVAILABLE: "Check endpoint, bucket and the Secret's keys of model, dataset and output.",
     Reason.CORRUPT_BASE: "The packed base does not match its checksum: the node's disk or memory is suspect;"
     " the pod moves elsewhere.",

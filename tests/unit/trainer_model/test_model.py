@@ -5,13 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_trainer.errors import BadConfig, BadModel, CorruptBase
 from qlora_trainer.loader import ensure_packed
 from qlora_trainer.model import build_model
 from qlora_trainer.ops import weight_of
-from qlora_trainer.skeleton import group_linears, is_target
+from qlora_trainer.skeleton import build_skeleton, group_linears, is_target
 
 CPU = torch.device("cpu")
 FAMILIES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"]
@@ -206,6 +206,8 @@ def test_wrong_models_are_refused(checkpoint, config_of, cache, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(BadModel, match="safetensors"):
         ensure_packed(config_of(), folder, cache, CPU)
+    with pytest.raises(BadModel, match="no causal LM"):
+        build_skeleton(AutoConfig.for_model("vit"), torch.float32)
 
 
 def test_names():
