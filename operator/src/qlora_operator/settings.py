@@ -41,7 +41,7 @@ class Settings:
     prepare_timeout_seconds: float = 120.0  # a member that does not stand by then has its pod replaced
     status_interval_seconds: float = 2.0  # between two writes that bring progress only
     suspend_grace_seconds: float = 120.0  # for the last checkpoint before a suspended run's pods are deleted
-    blocked_seconds: float = 300.0  # a run none of whose pods can start (image, Secret) fails and frees its GPUs
+    blocked_seconds: float = 300.0  # a run none of whose pods can start (image, Secret, storage) fails
     hang_floor_seconds: float = 600.0  # hung: no step for this and for hang_factor times the median step
     hang_factor: float = 100.0
     resync_seconds: float = 30.0  # a run is looked at at least this often
