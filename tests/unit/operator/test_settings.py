@@ -1,4 +1,4 @@
-"""Settings from the environment, logs, metric names."""
+"""Settings from the environment, logs."""
 
 import dataclasses
 import json
@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from qlora_operator.logs import JsonFormatter, run_name
-from qlora_operator.metrics import metric_name
 from qlora_operator.settings import Settings
 
 NEEDED = {"QLORA_TRAINER_IMAGE": "trainer:1", "QLORA_COORDINATOR_URL": "https://c"}
@@ -58,7 +57,3 @@ def test_log_lines_carry_the_runs_name() -> None:
     line = json.loads(JsonFormatter().format(record))
     run_name.reset(token)
     assert (line["run"], line["message"], line["level"]) == ("ns/r", "hello you", "info")
-
-
-def test_metric_names() -> None:
-    assert metric_name("step_seconds/p50") == "qlora_trainer_step_seconds_p50"
