@@ -39,8 +39,8 @@ def ensure(cluster: Cluster, outer: int) -> None:
     folder = cluster.dir / "s3"
     for part in ("data", "tmp"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    server = [str(binary()), "server"]
-    if namespaces.runs(outer, " ".join(server)):
+    program = binary()
+    if namespaces.runs(outer, " ".join(_SERVER)):
         return
     if not (folder / "identities.json").exists():
         _credentials(cluster, folder / "identities.json")
@@ -48,7 +48,7 @@ def ensure(cluster: Cluster, outer: int) -> None:
     command: list[str | Path] = [
         # a /tmp of its own: its parts find each other by sockets there, and would find another server's;
         # the program beside it, because a cache below /tmp is out of sight from then on
-        *("unshare", "--mount", "sh", "-c", 'cd "$0" && ln -f "$1" weed && mount --bind tmp /tmp && shift && exec "$@"'),
+        *("unshare", "--mount", "sh", "-c", 'cd "$0" && ln -f "$1" weed && mount --bind tmp /tmp && shift; exec "$@"'),
         *(folder, program, *_SERVER, "-dir=data", f"-ip={address}", f"-ip.bind={address}"),
         *("-filer", "-s3", f"-s3.port={PORT}", "-s3.config=identities.json", "-master.volumeSizeLimitMB=1024"),
         *("-volume.max=0", "-master.telemetry=false"),
