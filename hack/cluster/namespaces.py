@@ -70,6 +70,11 @@ def run(pid: int, *command: str, check: bool = True) -> subprocess.CompletedProc
     return done
 
 
+def runs(pid: int, words: str) -> bool:
+    """Whether a process in there (not in nested ones) has these words in its command line."""
+    return any(f" {words} " in f" {line} " for line in members(pid).values())
+
+
 def start(pid: int, command: Sequence[str | Path], log: Path, environment: Mapping[str, str]) -> None:
     """Starts a daemon in there; it lives until it ends by itself or PID 1 does."""
     # through sh -c '... &' so that the daemon is PID 1's child, which reaps it, and not ours
