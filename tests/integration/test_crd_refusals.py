@@ -71,6 +71,13 @@ REFUSED: list[tuple[str, Any, str]] = [
     ),
     ("spec.training.optimizer", "sgd", 'supported values: "adamw", "adamw_8bit", "paged_adamw_8bit"'),
     ("spec.numProcPerNode", 0, "should be greater than or equal to 1"),
+    ("spec.numProcPerNode", 2, "raise resourcesPerNode.limits['nvidia.com/gpu'] or lower numProcPerNode"),
+    ("spec.training", {"earlyStoppingPatience": 2}, "earlyStoppingPatience needs evaluations: set"),
+    (
+        "spec.training",
+        {"cpuOffload": True, "shardingStrategy": "NO_SHARD"},
+        "set shardingStrategy to auto or FULL_SHARD",
+    ),
     ("spec.checkpoint.keep", 0, "should be greater than or equal to 1"),
     ("spec.ttlSecondsAfterFinished", -1, "should be greater than or equal to 0"),
     ("metadata.name", "a" * 49, "metadata.name must have at most 48 characters"),
@@ -85,6 +92,25 @@ def test_a_wrong_value_is_refused_with_what_to_write(kubectl: Kubectl, path: str
     answer = kubectl.apply(changed(path, value), "--dry-run=server")
     assert answer.returncode != 0, answer.stdout
     assert sentence in answer.stderr
+
+
+ACCEPTED: list[dict[str, Any]] = [
+    {"numProcPerNode": 8, "resourcesPerNode": {"limits": {"nvidia.com/gpu": 8}}},
+    {"numProcPerNode": 2, "resourcesPerNode": {"limits": {"nvidia.com/gpu": "4"}}},
+    {"numProcPerNode": 2, "resourcesPerNode": {"limits": {"cpu": "2"}}},  # on CPUs
+    {"numProcPerNode": 2, "resourcesPerNode": {"limits": {"nvidia.com/gpu": 0}}},
+    {
+        "training": {"earlyStoppingPatience": 2, "evalIntervalSteps": 50},
+        "dataset": {"uri": "s3://data/train.jsonl", "evalFraction": 0.1},
+    },
+    {"training": {"cpuOffload": True}},
+]
+
+
+@pytest.mark.parametrize("spec", ACCEPTED, ids=str)
+def test_what_fits_together_is_taken(kubectl: Kubectl, spec: dict[str, Any]) -> None:
+    answer = kubectl.apply({**VALID, "spec": {**VALID["spec"], **spec}}, "--dry-run=server")
+    assert answer.returncode == 0, answer.stderr
 
 
 def test_paged_optimizer_on_more_than_one_gpu_is_refused(kubectl: Kubectl) -> None:

@@ -58,7 +58,7 @@ class ModelSpec(S3Access):
         json_schema_extra=SOURCE,
         description="hf://org/name, s3://bucket/prefix, pvc://claim/path or file:///path in the image.",
     )
-    revision: str | None = Field(None, max_length=256, description="Commit or tag of an hf:// model.")
+    revision: str | None = Field(None, max_length=256, description="Commit, tag or branch of an hf:// model.")
     trust_remote_code: bool = Field(False, description="Run Python code that the model's repository carries.")
 
 
@@ -71,13 +71,14 @@ class DatasetSpec(S3Access):
         json_schema_extra=SOURCE,
         description="A file, a prefix of files, or hf://org/name.",
     )
-    revision: str | None = Field(None, max_length=256, description="Commit or tag of an hf:// dataset.")
+    revision: str | None = Field(None, max_length=256, description="Commit, tag or branch of an hf:// dataset.")
     format: Literal["auto", "text", "prompt-completion", "messages"] = Field(
         "auto", description="Shape of a sample, as in TRL; auto looks at the columns."
     )
     text_field: str = Field("text", min_length=1, max_length=128, description="Column of format text.")
     train_on: Literal["auto", "all", "completion", "assistant"] = Field(
-        "auto", description="Tokens that count in the loss; auto: completions of prompt-completion, everything else."
+        "auto",
+        description="Tokens that count in the loss; auto: the completion of prompt-completion, all of other formats.",
     )
     eval_uri: str | None = Field(
         None, pattern=SOURCE_URI, max_length=1024, json_schema_extra=SOURCE, description="Samples for evaluation."
@@ -149,7 +150,8 @@ class TrainingSpec(ApiModel):
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warm-up.")
     warmup_ratio: float = Field(0.03, ge=0, le=0.5, description="Share of the steps that warm up linearly.")
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
-        "adamw", description="paged_adamw_8bit only on one GPU: it cannot be checkpointed when sharded."
+        "adamw",
+        description="8-bit forms need CUDA; the paged one runs on one GPU only, it cannot be checkpointed sharded.",
     )
     weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
@@ -219,7 +221,7 @@ class OutputSpec(S3Access):
         pattern=S3_URI,
         max_length=1024,
         json_schema_extra=S3_SOURCE,
-        description="s3://bucket/prefix; the run writes below prefix/NAME-UID.",
+        description="s3://bucket/prefix; the run writes below prefix/NAME-UID8 (eight characters of its uid).",
     )
     merge: bool = Field(False, description="Write the base with the adapter merged into it, too (bf16 safetensors).")
 
@@ -247,7 +249,24 @@ class QLoRAFinetuneSpec(ApiModel):
                 " || (self.numProcPerNode == 1 && self.elasticPolicy.maxNodes == 1)",
                 "paged_adamw_8bit runs on one GPU only, its state cannot be checkpointed when sharded:"
                 " write adamw or adamw_8bit, or set numProcPerNode and elasticPolicy.maxNodes to 1",
-            )
+            ),
+            cel(
+                "!('nvidia.com/gpu' in self.resourcesPerNode.limits)"
+                " || int(self.resourcesPerNode.limits['nvidia.com/gpu']) == 0"
+                " || int(self.resourcesPerNode.limits['nvidia.com/gpu']) >= self.numProcPerNode",
+                "every worker needs a GPU of its own: raise resourcesPerNode.limits['nvidia.com/gpu'] or lower"
+                " numProcPerNode",
+            ),
+            cel(
+                "!has(self.training.earlyStoppingPatience) || (has(self.training.evalIntervalSteps)"
+                " && (has(self.dataset.evalUri) || self.dataset.evalFraction > 0.0))",
+                "earlyStoppingPatience needs evaluations: set training.evalIntervalSteps, and dataset.evalUri or"
+                " dataset.evalFraction",
+            ),
+            cel(
+                "!(self.training.cpuOffload && self.training.shardingStrategy == 'NO_SHARD')",
+                "cpuOffload keeps the sharded base in host memory: set shardingStrategy to auto or FULL_SHARD",
+            ),
         )
     )
     model: ModelSpec = Field(json_schema_extra=immutable("model"))
@@ -258,11 +277,13 @@ class QLoRAFinetuneSpec(ApiModel):
     checkpoint: CheckpointSpec = CheckpointSpec()
     output: OutputSpec = Field(json_schema_extra=immutable("output"))
     elastic_policy: ElasticPolicy = ElasticPolicy()
-    num_proc_per_node: int = Field(1, ge=1, le=16, description="Worker processes (GPUs) a node.")
+    num_proc_per_node: int = Field(1, ge=1, le=16, description="Worker processes a node, one for each GPU.")
     resources_per_node: ResourcesPerNode = ResourcesPerNode()
     failure_policy: FailurePolicy = FailurePolicy()
     suspend: bool = Field(False, description="True stops at a step boundary, saves and releases the GPUs.")
-    active_deadline_seconds: int | None = Field(None, ge=1, description="Seconds from the start; then Failed.")
+    active_deadline_seconds: int | None = Field(
+        None, ge=1, description="Seconds from the start or the last resumption; then Failed."
+    )
     start_deadline_seconds: int | None = Field(
         None, ge=1, description="Seconds to get minNodes warm from creation or resumption; then Failed."
     )

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qlora_api.types import QLoRAFinetuneSpec
 from qlora_trainer.session import Session, set_up
 
 LOSS_TOLERANCE = 2e-6
@@ -23,7 +24,10 @@ NO_EVAL = {"evalFraction": 0.0}
 
 def texts_in_order(session: Session) -> list[dict[str, str]]:
     """The rows that the steps consume, one after the other."""
-    rows = [json.loads(line) for line in Path(session.config.spec.dataset.uri[7:]).read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in Path(session.config.spec.dataset.uri.removeprefix("file://")).read_text().splitlines()
+    ]
     plan, sequences = session.data.plan, session.data.sequences
     return [
         rows[sample]
@@ -33,16 +37,10 @@ def texts_in_order(session: Session) -> list[dict[str, str]]:
     ]
 
 
-def train_with_trl(session: Session, initial: dict[str, Tensor], folder: Path) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of every step and the adapter, from TRL, PEFT and bitsandbytes."""
-    from datasets import Dataset
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-    from trl import SFTConfig, SFTTrainer
+def quantized_by_bitsandbytes(spec: QLoRAFinetuneSpec, base: str) -> Any:
+    """transformers' model of the base in float32 over 4-bit layers."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    spec = session.config.spec
-    training, base = spec.training, spec.model.uri[7:]
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=spec.quantization.type,
@@ -55,7 +53,15 @@ def train_with_trl(session: Session, initial: dict[str, Tensor], folder: Path) -
     for module in model.modules():  # on some CPUs bitsandbytes repacks weights in place after an evaluation
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    arguments = SFTConfig(
+    return model
+
+
+def trl_arguments(session: Session, folder: Path) -> Any:
+    """TRL's configuration for the run's own."""
+    from trl import SFTConfig
+
+    training = session.config.spec.training
+    return SFTConfig(
         output_dir=str(folder),
         max_steps=session.data.plan.num_steps,
         per_device_train_batch_size=1,
@@ -75,6 +81,18 @@ def train_with_trl(session: Session, initial: dict[str, Tensor], folder: Path) -
         optim="adamw_torch",
         gradient_checkpointing=False,
     )
+
+
+def train_with_trl(session: Session, initial: dict[str, Tensor], folder: Path) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of every step and the adapter, from TRL, PEFT and bitsandbytes."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+    from transformers import AutoTokenizer
+    from trl import SFTTrainer
+
+    spec = session.config.spec
+    base = spec.model.uri.removeprefix("file://")
     targets = "all-linear" if spec.lora.target_modules == ["all-linear"] else spec.lora.target_modules
     lora = LoraConfig(
         r=spec.lora.r,
@@ -85,8 +103,8 @@ def train_with_trl(session: Session, initial: dict[str, Tensor], folder: Path) -
         task_type="CAUSAL_LM",
     )
     trainer = SFTTrainer(
-        model=model,
-        args=arguments,
+        model=quantized_by_bitsandbytes(spec, base),
+        args=trl_arguments(session, folder),
         train_dataset=Dataset.from_list(texts_in_order(session)),
         processing_class=AutoTokenizer.from_pretrained(base),
         peft_config=lora,
