@@ -149,6 +149,13 @@ def test_one_micro_batch_serves_every_world_of_a_run(gib, nodes, gpus, batch, mo
     assert all(found.fits for found in plans) or not plans[0].fits
 
 
+def test_early_stopping_keeps_the_best_adapter():
+    plain, stopping = (plan(spec(**extra), LLAMA_8B, 140 * GIB, 1) for extra in ({}, {"earlyStoppingPatience": 3}))
+    numel = plain.gpu["adapter"] // 18  # master, gradient, working copy, two moments: 4 + 4 + 2 + 8 bytes
+    assert stopping.gpu["adapter"] - plain.gpu["adapter"] == 4 * numel
+    assert stopping.host["snapshots"] - plain.host["snapshots"] == 2 * 4 * numel
+
+
 def test_recomputes_only_as_far_as_memory_asks_for():
     roomy, tight = (plan(spec(), LLAMA_8B, gib * GIB, 1, 4) for gib in (140, 24))
     assert roomy.recomputed_layers == 0

@@ -162,7 +162,10 @@ class TrainingSpec(ApiModel):
         None, ge=1, le=1_000_000, description="Steps between evaluations; empty: at the start and at the end."
     )
     early_stopping_patience: int | None = Field(
-        None, ge=1, le=1000, description="Stop after so many evaluations without a better loss."
+        None,
+        ge=1,
+        le=1000,
+        description="Stop after so many evaluations without a better loss and publish the adapter of the best one.",
     )
     neftune_noise_alpha: float | None = Field(None, gt=0, le=100, description="NEFTune noise (arXiv:2310.05914).")
     gradient_checkpointing: Literal["auto", "full", "none"] = Field(

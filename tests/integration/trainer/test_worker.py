@@ -129,24 +129,54 @@ def test_switches_do_not_know_the_world_size(make_world: MakeWorld, lora: dict[s
         torch.testing.assert_close(two.adapter()[name], tensor, rtol=0, atol=1e-3 * float(tensor.abs().max()))
 
 
-def test_conversations_an_evaluation_set_and_early_stopping(make_world: MakeWorld, tmp_path: Path) -> None:
-    """Assistant turns alone count; the run ends when the evaluation has stopped to improve."""
+def chat(folder: Path) -> dict[str, Any]:
+    """Where conversations for training and evaluation lie, as arguments of make_world."""
 
     def conversation(i: int) -> dict[str, Any]:
         turns = [("user", f"row {i}"), ("assistant", "the quick brown fox"), ("user", "why"), ("assistant", "lazy dog")]
         return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
     for name, rows in (("train", range(24)), ("eval", range(100, 106))):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(conversation(i)) + "\n" for i in rows))
-    dataset = {"trainOn": "assistant", "evalFraction": 0.0, "evalUri": f"file://{tmp_path}/eval.jsonl"}
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(conversation(i)) + "\n" for i in rows))
+    dataset = {"trainOn": "assistant", "evalFraction": 0.0, "evalUri": f"file://{folder}/eval.jsonl"}
+    return {"data": folder / "train.jsonl", "dataset": dataset}
+
+
+def test_conversations_an_evaluation_set_and_early_stopping(make_world: MakeWorld, tmp_path: Path) -> None:
+    """Assistant turns alone count; the run ends when the evaluation has stopped to improve."""
     training = {"maxSteps": 200, "evalIntervalSteps": 2, "earlyStoppingPatience": 1, "learningRate": 0.3}
-    world = make_world("chat", data=tmp_path / "train.jsonl", dataset=dataset, training={**training, "maxLength": 64})
+    world = make_world("chat", **chat(tmp_path), training={**training, "maxLength": 64})
     assert world.run([0, 1]) == [0, 0]
     state = world.state(0)
     assert state.progress.step < 200 and state.progress.step % 2 == 0
     history = json.loads((world.root / "bucket/run-01234567/adapter/metrics.json").read_text())["history"]
     losses = [loss for _, loss in history["evaluations"]]
     assert losses[-1] >= min(losses[:-1]) and losses == sorted(losses[:-1], reverse=True) + losses[-1:]
+
+
+def test_early_stopping_publishes_the_best_adapter(make_world: MakeWorld, tmp_path: Path) -> None:
+    """The same as a run that ends at the best evaluation; also when killed after it and resumed elsewhere."""
+    training = {"evalIntervalSteps": 2, "learningRate": 0.3, "lrScheduler": "constant", "maxLength": 64}
+    stopping = {**training, "maxSteps": 200, "earlyStoppingPatience": 4}
+    straight, killed = (make_world(name, **chat(tmp_path), training=stopping) for name in ("straight", "killed"))
+    assert straight.run([0]) == [0]
+    metrics = json.loads((straight.root / "bucket/run-01234567/adapter/metrics.json").read_text())
+    best, loss = min(metrics["history"]["evaluations"][1:], key=lambda evaluation: evaluation[1])
+    assert (metrics["published_step"], metrics["eval_loss_after"]) == (best, loss)
+    assert metrics["steps"] == best + 8
+    short = make_world("short", **chat(tmp_path), training={**training, "maxSteps": best})
+    assert short.run([0]) == [0]
+    killed.start([0])
+    while not ((state := killed.state(0)) and state.progress.step >= best + 3):
+        assert killed.processes[0].is_alive()
+        time.sleep(0.001)
+    killed.kill()
+    assert killed.run([0], Command.STOP) == [ExitCode.STOPPED]  # from the snapshot; then from the bucket
+    assert killed.run([1]) == [0]
+    for world in (straight, killed):
+        assert all(torch.equal(world.adapter()[name], tensor) for name, tensor in short.adapter().items())
+    state = killed.state(1)
+    assert state.artifacts.eval_loss_after == loss and state.progress.step == best + 8
 
 
 @pytest.mark.parametrize(

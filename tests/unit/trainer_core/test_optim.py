@@ -75,6 +75,22 @@ def test_state_goes_on_bit_equal(make_config: Any) -> None:
         other.load_state({"adapter.master": torch.zeros(3)}, 3)
 
 
+@pytest.mark.parametrize("freeze_a", [False, True])
+def test_the_best_adapter_is_part_of_the_state(make_config: Any, freeze_a: bool) -> None:
+    config = make_config(training={"earlyStoppingPatience": 2}, lora={"freezeA": freeze_a})
+    adapter, resumed = FlatAdapter(freeze_a), FlatAdapter(freeze_a)
+    optimizer, other = (Optimizer(config, each, 1) for each in (adapter, resumed))  # type: ignore[arg-type]
+    adapter.grad.fill_(1.0)
+    optimizer.step(0, 10)
+    optimizer.keep_best()
+    best = adapter.master.clone()
+    optimizer.step(1, 10)
+    other.load_state(optimizer.state(), 2)
+    assert torch.equal(resumed.master, adapter.master) and not torch.equal(resumed.master, best)
+    other.load_best()
+    assert torch.equal(resumed.master, best)
+
+
 def test_loss_and_flags_travel_with_the_gradients(make_config: Any) -> None:
     adapter = FlatAdapter()
     optimizer = Optimizer(make_config(), adapter, 1)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """History, picture, card, checkpoints of a single process, and what makes an adapter bad."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,21 @@ def test_early_stopping(losses: list[float], patience: int, stops: bool) -> None
     assert not history.stopped_improving(None)
 
 
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [([3, 2, 1, 2], (2, 1)), ([1, 3, 2, 2], (2, 2)), ([1, math.nan, 5], (2, 5)), ([1], None), ([1, math.inf], None)],
+)
+def test_the_best_evaluation_is_the_first_lowest_of_a_trained_adapter(
+    losses: list[float], best: tuple[int, float] | None
+) -> None:
+    assert History(evaluations=list(enumerate(losses))).best_evaluation == best
+
+
 def test_picture_and_card(make_config: Any) -> None:
     history = History(points=[(1, 2.0, 1e-4, 1.0), (2, 1.0, 1e-4, 1.0)], evaluations=[(0, 2.0), (2, 1.5)])
     assert loss_picture(history, "run").startswith(b"\x89PNG")
     config = make_config(model={"uri": "hf://org/base"})
-    metrics = adapter.metrics_of(history, 2, {"tokens_per_second": 12.34567})
+    metrics = adapter.metrics_of(history, 2, (2, 1.5), {"tokens_per_second": 12.34567})
     card = model_card(config, metrics, adapter.provenance_of(config, {"model_digest": "m", "dataset_digest": "d"}))
     assert "base_model: org/base" in card and "| eval loss after | 1.5 |" in card and "torch" in card
 

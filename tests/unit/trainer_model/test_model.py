@@ -175,6 +175,22 @@ def test_evaluation_leaves_the_base_alone(checkpoint, config_of, cache):
     model.verify()
 
 
+def test_a_lone_rank_offloads_its_base(checkpoint, config_of, cache):
+    whole = build(config_of(), checkpoint(), cache)
+    try:
+        offloaded = build(config_of(training={"cpu_offload": True}), checkpoint(), cache)
+        assert offloaded.sharded and offloaded.plan.cpu_offload and not whole.sharded
+        offloaded.verify()
+        grads = []
+        for model in (whole, offloaded):
+            fill_b(model)
+            model.loss(batch(), batch(), None, 46).backward()
+            grads.append(model.flat_grad)
+        assert torch.equal(*grads)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_damage_on_disk_is_refused_and_built_anew(checkpoint, config_of, cache):
     config = config_of()
     packed = ensure_packed(config, checkpoint(), cache, CPU)

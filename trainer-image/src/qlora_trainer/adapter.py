@@ -121,14 +121,17 @@ def _materialize(model: torch.nn.Module) -> None:
             model.get_submodule(parent)._parameters[leaf] = torch.nn.Parameter(empty, requires_grad=False)
 
 
-def metrics_of(history: History, steps: int, measured: Mapping[str, float]) -> dict[str, Any]:
-    """metrics.json: what the run reached."""
+def metrics_of(
+    history: History, steps: int, published: tuple[int, float | None], measured: Mapping[str, float]
+) -> dict[str, Any]:
+    """metrics.json: what the run reached; `published`: (step, evaluation loss) of the adapter."""
     return {
         "steps": steps,
+        "published_step": published[0],
         "tokens": history.num_tokens,
         "train_loss": history.points[-1][1] if history.points else None,
         "eval_loss_before": history.eval_loss_before,
-        "eval_loss_after": history.eval_loss,
+        "eval_loss_after": published[1],
         **{name: round(value, 4) for name, value in measured.items()},
     }
 

@@ -58,6 +58,8 @@ class Optimizer:
         self.gradients, self._tail = adapter.grad[first:], adapter.reduced[adapter.grad.numel() :]
         self._spans = _spans(adapter, first, config.spec.lora.lora_plus_ratio)
         self._adam = _build_adam(self.spec, self._spans)
+        self._trained = adapter.master[first:]
+        self._best = self._trained.clone() if self.spec.early_stopping_patience else None
 
     def zero_grad(self) -> None:
         """Before the first micro batch of a step."""
@@ -94,9 +96,19 @@ class Optimizer:
         self._adam.step()
         return norm.item(), rate
 
+    def keep_best(self) -> None:
+        """Under early stopping: the present adapter is that of the best evaluation; kept as a part of `state`."""
+        if self._best is not None:
+            self._best.copy_(self._trained)
+
+    def load_best(self) -> None:
+        """Put the kept adapter in the place of the trained one, when training is over."""
+        assert self._best is not None, "kept under early stopping only"
+        self._trained.copy_(self._best)
+
     def state(self) -> dict[str, Tensor]:
         """All that changes while training, flat, by name; the live tensors."""
-        tensors = {}
+        tensors = {} if self._best is None else {"best.master": self._best}
         for span in self._spans:
             tensors[f"{span.key}.master"] = span.flat.data
             for name in _moments(self._adam.state[span.flat]):

@@ -5,6 +5,7 @@ MAX_POINTS training points, halving its resolution when it is full. Nothing here
 """
 
 import io
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -44,6 +45,12 @@ class History:
             return False
         losses = [loss for _, loss in self.evaluations]
         return min(losses[-patience:]) >= min(losses[:-patience])
+
+    @property
+    def best_evaluation(self) -> tuple[int, float] | None:
+        """(step, loss) of the lowest loss after training began, the first of equals; None without a finite one."""
+        trained = [e for e in self.evaluations if e[0] > 0 and math.isfinite(e[1])]
+        return min(trained, key=lambda e: e[1], default=None)
 
     @property
     def eval_loss_before(self) -> float | None:
@@ -97,8 +104,7 @@ def _smoothed(values: list[float], weight: float = 0.9) -> list[float]:
 
 def model_card(config: TrainConfig, metrics: dict[str, Any], provenance: dict[str, Any]) -> str:
     """README.md of the adapter, with the front matter that the hub reads."""
-    spec = config.spec
-    base = spec.model.uri.removeprefix("hf://")
+    spec, base = config.spec, config.spec.model.uri.removeprefix("hf://")
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in metrics.items() if value is not None)
     versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
     return f"""---

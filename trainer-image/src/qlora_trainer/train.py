@@ -201,6 +201,10 @@ def _evaluate(session: Session, position: Position, reporter: Reporter) -> None:
             _park(session, position, reporter, bool(part[2]))
     session.model.train()
     position.history.add_evaluation(position.step, float(total[0]))
+    if (best := position.history.best_evaluation) and best[0] == position.step:
+        if session.snapshots:
+            session.snapshots.wait()
+        session.optimizer.keep_best()
     _snapshot(session, position)
     reporter.evaluated(session, position)
 
@@ -252,6 +256,17 @@ def _publish(session: Session, position: Position, reporter: Reporter) -> Artifa
     return result
 
 
+def _chosen_evaluation(session: Session, position: Position) -> tuple[int, float | None]:
+    """(step, loss) of the adapter to publish, which is put in place: the best under early stopping, else the last."""
+    best = position.history.best_evaluation
+    if session.config.spec.training.early_stopping_patience is None or best is None:
+        return position.step, position.history.eval_loss
+    if session.snapshots:
+        session.snapshots.wait()
+    session.optimizer.load_best()
+    return best
+
+
 def _write_and_upload(session: Session, position: Position, reporter: Reporter) -> Artifacts:
     config, model = session.config, session.model
 
@@ -259,7 +274,8 @@ def _write_and_upload(session: Session, position: Position, reporter: Reporter) 
         if read_control(session.env.run_dir).generation > session.env.generation:
             raise Fenced("a newer generation exists: it publishes the adapter")
 
-    metrics = adapter.metrics_of(position.history, position.step, reporter.measured())
+    published = _chosen_evaluation(session, position)
+    metrics = adapter.metrics_of(position.history, position.step, published, reporter.measured())
     provenance = adapter.provenance_of(config, session.data.digests)
     with tempfile.TemporaryDirectory(prefix="adapter-") as name:
         folder = Path(name)
