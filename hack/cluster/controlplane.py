@@ -35,14 +35,14 @@ def ensure(cluster: Cluster, timing: Timing, only_api: bool) -> int:
     if not only_api:
         # only now: the controller manager exits when it comes before the bootstrap of RBAC
         _start(cluster, outer, _controllers(cluster, timing))
+        _objects(cluster)
+        _start(cluster, outer, {"coredns": ["-conf", _corefile(cluster)]})
         s3.ensure(cluster, outer)
-        _services(cluster)
     return outer
 
 
 def _start(cluster: Cluster, outer: int, programs: dict[str, list[str | Path]]) -> list[str]:
-    running = " ".join(namespaces.members(outer).values())
-    missing = [name for name in programs if str(build.program(name)) not in running]
+    missing = [name for name in programs if not namespaces.runs(outer, str(build.program(name)))]
     for name in missing:
         log = cluster.dir / "log" / f"{name}.log"
         command = [build.program(name), *programs[name]]
@@ -119,7 +119,6 @@ def _controllers(cluster: Cluster, timing: Timing) -> dict[str, list[str | Path]
             "--unhealthy-zone-threshold=1.0",
         ],
         "kube-scheduler": client("kube-scheduler"),
-        "coredns": ["-conf", _corefile(cluster)],
         "kube-proxy": [f"--config={proxy_config(cluster, cluster.dir, f'{cluster.name}-control-plane')}"],
     }
 
@@ -199,13 +198,32 @@ def kubectl(cluster: Cluster, *arguments: str, stdin: str = "") -> str:
     return done.stdout
 
 
-def _services(cluster: Cluster) -> None:
-    """kube-dns at its fixed address and s3.s3.svc, both leading to the control plane's address."""
+def _objects(cluster: Cluster) -> None:
+    """CoreDNS's role; kube-dns at its fixed address and s3.s3.svc, both leading to the control plane's address."""
     documents: list[dict[str, object]] = [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "s3"}}]
+    documents += _coredns_role()
     dns = {"dns": (53, "UDP"), "dns-tcp": (53, "TCP")}
     documents += _service(cluster, "kube-system", "kube-dns", dns, cluster.dns_service)
     documents += _service(cluster, "s3", "s3", {"s3": (s3.PORT, "TCP")})
     kubectl(cluster, "apply", "--server-side", "-f", "-", stdin="\n---\n".join(json.dumps(item) for item in documents))
+
+
+def _coredns_role() -> list[dict[str, object]]:
+    """The ClusterRole that CoreDNS's own manifests give it, for the user of its certificate."""
+    name = "system:coredns"
+    watched = {"": ["endpoints", "services", "pods", "namespaces"], "discovery.k8s.io": ["endpointslices"]}
+    rules = [{"apiGroups": [group], "resources": kinds, "verbs": ["list", "watch"]} for group, kinds in watched.items()]
+    group = "rbac.authorization.k8s.io"
+    common = {"apiVersion": f"{group}/v1", "metadata": {"name": name}}
+    return [
+        {**common, "kind": "ClusterRole", "rules": rules},
+        {
+            **common,
+            "kind": "ClusterRoleBinding",
+            "roleRef": {"apiGroup": group, "kind": "ClusterRole", "name": name},
+            "subjects": [{"apiGroup": group, "kind": "User", "name": name}],
+        },
+    ]
 
 
 def _service(

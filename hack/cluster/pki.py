@@ -19,7 +19,7 @@ _CLIENTS = {  # file -> subject; the subject's common name is the RBAC user, its
     "kube-controller-manager": "/CN=system:kube-controller-manager",
     "kube-scheduler": "/CN=system:kube-scheduler",
     "kube-proxy": "/CN=system:kube-proxy",
-    "coredns": f"{_MASTERS}/CN=coredns",
+    "coredns": "/CN=system:coredns",  # controlplane.py gives it the role
 }
 
 
