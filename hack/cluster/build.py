@@ -42,9 +42,11 @@ MODULES: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "coredns": ("-s -w", {"coredns": "github.com/coredns/coredns"}),
     "helm": ("-s -w", {"helm": "helm.sh/helm/v4/cmd/helm"}),
+    "registry": ("-s -w", {"registry": "."}),
 }
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kubectl")
-EVERYTHING = tuple(name for _, programs in MODULES.values() for name in programs if name != "helm")  # that `up` needs
+_LATER = ("helm", "registry")  # built by the commands that use them
+EVERYTHING = tuple(name for _, programs in MODULES.values() for name in programs if name not in _LATER)  # `up` needs
 DEBIAN = {  # program -> Debian package that carries it
     "containerd": "containerd",
     "runc": "runc",
@@ -64,8 +66,9 @@ def program(name: str) -> Path:
     module = next(module for module, (_, programs) in MODULES.items() if name in programs)
     ldflags, _ = MODULES[module]
     digest = hashlib.sha256(ldflags.encode())
-    for file in ("go.mod", "go.sum"):
-        digest.update((HERE / "tools" / module / file).read_bytes())
+    folder = HERE / "tools" / module
+    for file in (folder / "go.mod", folder / "go.sum", *sorted(folder.glob("*.go"))):
+        digest.update(file.read_bytes())
     return CACHE / "bin" / digest.hexdigest()[:16] / name
 
 

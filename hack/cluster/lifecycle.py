@@ -7,7 +7,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
-from . import build, cgroups, controlplane, deviceplugin, leftovers, namespaces, network, node, preflight, s3
+from . import build, cgroups, controlplane, deviceplugin, leftovers, namespaces, network, node, preflight, registry, s3
 from .images import seed
 from .progress import say, step
 from .settings import MAX_NODES, QUICK, STEADY, Cluster, locked
@@ -94,6 +94,12 @@ def restart_node(cluster: Cluster, number: int) -> None:
         node.kill(cluster, number, outer, silent=False)
         node.ensure(cluster, number, outer, saved_options(cluster).for_node())
         node.wait_ready(cluster, [number], saved_options(cluster).gpus)
+
+
+def start_registry(cluster: Cluster) -> str:
+    """Starts the registry beside the cluster; returns its URL."""
+    with locked(f"cluster-{cluster.name}"):
+        return registry.ensure(cluster, outer_pid(cluster))
 
 
 def lacking(cluster: Cluster, reference: str) -> list[int]:

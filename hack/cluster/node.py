@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import build, cgroups, controlplane, deviceplugin, namespaces, network
+from . import build, cgroups, controlplane, deviceplugin, namespaces, network, registry
 from .images import seed
 from .progress import say, step, wait_for
 from .settings import Cluster, Timing
@@ -39,9 +39,10 @@ def machine_memory_gib() -> float:
 
 
 def ensure(cluster: Cluster, node: int, outer: int, options: NodeOptions) -> None:
-    """Starts the node unless it runs; returns before it is Ready."""
+    """Starts the node, or on a running one each daemon that has ended; returns before it is Ready."""
     folder = cluster.node_dir(node)
-    if namespaces.find(folder):
+    if pid := namespaces.find(folder):
+        _start_daemons(cluster, node, pid, options)
         return
     name = f"node{node}"
     with step(f"starting {name}"):
@@ -117,12 +118,14 @@ def cut(cluster: Cluster, node: int, outer: int, state: str) -> None:
 
 
 def _start_daemons(cluster: Cluster, node: int, pid: int, options: NodeOptions) -> None:
+    """Starts those that don't run, each known by the first two words of its command."""
     folder = cluster.node_dir(node)
     name = f"node{node}"
-    environment = {"PATH": build.path_variable()}
+    environment = {"PATH": build.path_variable(), **deviceplugin.environment()}
 
     def start(program: str, *command: str | Path) -> None:
-        namespaces.start(pid, command, folder / "log" / f"{program}.log", environment)
+        if not namespaces.runs(pid, f"{command[0]} {command[1]}"):
+            namespaces.start(pid, command, folder / "log" / f"{program}.log", environment)
 
     start("containerd", "containerd", "--config", folder / "containerd.toml")
     wait_for("containerd", lambda: namespaces.run(pid, "ctr", "version", check=False).returncode == 0, 60)
@@ -142,7 +145,7 @@ def _start_daemons(cluster: Cluster, node: int, pid: int, options: NodeOptions) 
 def _configure(cluster: Cluster, node: int, options: NodeOptions) -> None:
     folder = cluster.node_dir(node)
     (folder / "resolv.conf").write_text("")  # pods with dnsPolicy Default: nothing to ask
-    (folder / "containerd.toml").write_text(_CONTAINERD)
+    (folder / "containerd.toml").write_text(_containerd(cluster))
     (folder / "kubelet.json").write_text(json.dumps(_kubelet(cluster, node, options), indent=1))
     ranges = [[{"subnet": cluster.pod_subnet(node)}]]
     ipam = {"type": "host-local", "dataDir": "/run/cni-ipam", "ranges": ranges, "routes": [{"dst": "0.0.0.0/0"}]}
@@ -152,8 +155,9 @@ def _configure(cluster: Cluster, node: int, options: NodeOptions) -> None:
     (folder / _CNI.lstrip("/") / "10-pods.conflist").write_text(json.dumps(plugins, indent=1))
 
 
-# version 2 is read by containerd 1.6 (Debian 12) and 2.x alike
-_CONTAINERD = f"""version = 2
+def _containerd(cluster: Cluster) -> str:
+    """Its configuration; version 2 is read by containerd 1.6 (Debian 12) and 2.x alike."""
+    return f"""version = 2
 [plugins."io.containerd.grpc.v1.cri"]
   restrict_oom_score_adj = true # root without CAP_SYS_RESOURCE can't lower it
   sandbox_image = "{seed.PAUSE}"
@@ -164,6 +168,8 @@ _CONTAINERD = f"""version = 2
       runtime_type = "io.containerd.runc.v2"
       [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
         SystemdCgroup = false
+  [plugins."io.containerd.grpc.v1.cri".registry]
+    config_path = "{registry.hosts(cluster)}" # read at every pull: a registry may be started later
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "/usr/lib/cni"
     conf_dir = "{_CNI}"

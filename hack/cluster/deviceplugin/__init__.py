@@ -35,6 +35,10 @@ def prepare() -> None:
 
 def command(count: int, unhealthy_file: Path) -> list[str]:
     """What runs the plugin with `count` devices; those named in the file are unhealthy."""
-    folder = _folder()
-    python = str(folder / "venv" / "bin" / "python")
-    return ["env", f"PYTHONPATH={folder}", python, str(_HERE / "plugin.py"), str(count), str(unhealthy_file)]
+    python = str(_folder() / "venv" / "bin" / "python")
+    return [python, str(_HERE / "plugin.py"), str(count), str(unhealthy_file)]
+
+
+def environment() -> dict[str, str]:
+    """What the plugin needs in its environment: where the protocol's modules are."""
+    return {"PYTHONPATH": str(_folder())}

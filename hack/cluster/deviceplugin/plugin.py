@@ -17,9 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import deviceplugin_pb2 as messages
-import deviceplugin_pb2_grpc as services
-import grpc
+# the first two are generated beside the Python that runs this, in the cache
+import deviceplugin_pb2 as messages  # type: ignore[import-not-found]
+import deviceplugin_pb2_grpc as services  # type: ignore[import-not-found]
+import grpc  # type: ignore[import-untyped]
 
 RESOURCE = "nvidia.com/gpu"
 FOLDER = Path("/var/lib/kubelet/device-plugins")
@@ -27,7 +28,7 @@ KUBELET = FOLDER / "kubelet.sock"
 SOCKET = FOLDER / "simulated-gpu.sock"
 
 
-class Plugin(services.DevicePluginServicer):
+class Plugin(services.DevicePluginServicer):  # type: ignore[misc]
     def __init__(self, count: int, unhealthy_file: Path) -> None:
         self.count = count
         self.unhealthy_file = unhealthy_file
