@@ -8,6 +8,7 @@ CLUSTER ?= local
 CLUSTER_NAME ?= qlora
 NODES ?= 2
 PYTEST_ARGS ?=
+HELM_ARGS ?=
 UV := $(shell hack/uv.sh)
 RUN := $(UV) run --frozen --no-sync
 CTL := $(RUN) python -m hack.cluster
@@ -46,8 +47,9 @@ lint-chart: sync ## helm lint (builds helm once).
 	$$($(CTL) path helm) lint charts/qlora-operator
 
 .PHONY: typecheck
-typecheck: sync ## mypy, strict for api, operator and trainer.
+typecheck: sync ## mypy, strict.
 	$(RUN) mypy
+	$(RUN) mypy --explicit-package-bases --package hack
 
 .PHONY: manifests
 manifests: sync ## Generate the CRD from api/ into crds/ and the chart.
@@ -101,7 +103,7 @@ bench-gpu: ## Two GPUs: the table of benchmarks/results.md, references and ours 
 
 ##@ Cluster
 .PHONY: cluster-up
-cluster-up: sync ## Start the local Kubernetes (builds it once). CLUSTER=current uses the current kubectl context.
+cluster-up: sync ## Start the local Kubernetes (builds it once). CLUSTER=current REGISTRY=HOST/PATH uses the current kubectl context.
 	$(CTL) up --nodes $(NODES)
 
 .PHONY: cluster-down
@@ -109,7 +111,7 @@ cluster-down: sync ## Stop it; leaves no process, mount, interface, rule or cgro
 	$(CTL) down
 
 .PHONY: images
-images: sync ## Build both images and load them into the cluster's nodes.
+images: sync ## Build both images and load them into the cluster's nodes, or with CLUSTER=current push them to REGISTRY.
 	$(CTL) images
 
 .PHONY: install
@@ -117,8 +119,8 @@ install: sync ## Install the CRD alone.
 	$(CTL) kubectl apply --server-side -f crds/
 
 .PHONY: deploy
-deploy: sync ## Install or upgrade the operator by its Helm chart.
-	$(CTL) deploy
+deploy: sync ## Install or upgrade the operator by its Helm chart; HELM_ARGS go to helm.
+	$(CTL) deploy $(HELM_ARGS)
 
 .PHONY: undeploy
 undeploy: sync ## Remove the operator; the CRD and the runs stay.

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import build, leftovers, lifecycle, namespaces, node
+from . import build, current, leftovers, lifecycle, namespaces, node
 from .images import commands
 from .settings import DEFAULT_NAME, Cluster, load
 
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     images.add_argument("--only", choices=("operator", "trainer"), help="just this one")
     command("deploy", _deploy, "images, then the operator by its chart; further words go to helm")
     command("undeploy", _undeploy, "remove the operator; its CRD and the runs stay")
+    command("registry", _registry, "start a registry beside the cluster, to try CLUSTER=current with; prints its URL")
     command("shell", _shell, "a shell (or a command) in a node or, without --node, the control plane").add_argument(
         "words", nargs=argparse.REMAINDER
     )
@@ -92,8 +93,9 @@ def _target(arguments: argparse.Namespace) -> Cluster | None:
 
 def _up(arguments: argparse.Namespace) -> None:
     if _uses_current():
-        subprocess.run(["kubectl", "version"], check=True)
-        print("CLUSTER=current: using the current kubectl context", file=sys.stderr)
+        found = current.status()
+        current.Registry.given()  # said now rather than after minutes
+        print("CLUSTER=current: context {context}, {api}, Kubernetes {version}".format(**found), file=sys.stderr)
         return
     options = lifecycle.Options(
         arguments.nodes, arguments.gpus, arguments.quick, arguments.control_plane_only, arguments.node_memory
@@ -109,7 +111,7 @@ def _down(arguments: argparse.Namespace) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    print(json.dumps(lifecycle.status(_local(arguments)), indent=2))
+    print(json.dumps(current.status() if _uses_current() else lifecycle.status(_local(arguments)), indent=2))
 
 
 def _leftovers(arguments: argparse.Namespace) -> int:
@@ -119,16 +121,25 @@ def _leftovers(arguments: argparse.Namespace) -> int:
 
 
 def _tool(arguments: argparse.Namespace) -> int:
-    build.binaries(arguments.tool)
     environment = dict(os.environ)
     if not _uses_current():
         environment["KUBECONFIG"] = str(load(arguments.name).kubeconfig)
-    return subprocess.run([build.program(arguments.tool), *arguments.words], env=environment, check=False).returncode
+    return subprocess.run([_program(arguments.tool), *arguments.words], env=environment, check=False).returncode
 
 
 def _path(arguments: argparse.Namespace) -> None:
-    build.binaries(arguments.program)
-    print(build.program(arguments.program))
+    print(_program(arguments.program))
+
+
+def _program(name: str) -> Path:
+    if _uses_current() and name in ("kubectl", "helm"):
+        return current.client(name)
+    build.binaries(name)
+    return build.program(name)
+
+
+def _registry(arguments: argparse.Namespace) -> None:
+    print(lifecycle.start_registry(_local(arguments)))
 
 
 def _node(arguments: argparse.Namespace) -> None:

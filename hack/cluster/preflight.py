@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import build
@@ -16,27 +17,35 @@ from .settings import CACHE, Cluster
 _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_CHROOT": 18, "CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21, "CAP_MKNOD": 27}
 _BINARIES_GB = 7  # Go's caches and the binaries; peaks included
 _IMAGES_GB = 28  # buildah's store, the seed and what is in between
+_BUILDAH_GB = 15  # buildah's part of it
 ELSEWHERE = (
-    "Use an existing cluster instead: CLUSTER=current takes the current kubectl context, REGISTRY=<host/path> is where "
-    "the images are pushed to and pulled from."
+    "Use an existing cluster instead, the one of the current kubectl context:\n"
+    "  make CLUSTER=current REGISTRY=HOST/PATH deploy\n"
+    "REGISTRY is where the images are pushed to and its nodes pull from; AWS_* variables give make demo its S3 store."
 )
+OTHERWISE = "Install Docker (its client on the PATH, its daemon running): where this is missing, it builds the images."
 
 
 def check(cluster: Cluster, only_api: bool) -> None:
     """Raises ValueError with everything that is missing for the cluster named."""
-    missing = [*_machine(), *_network(cluster), *_disk(only_api)]
-    if missing:
-        raise ValueError("no local cluster on this machine:\n  - " + "\n  - ".join(missing) + f"\n{ELSEWHERE}")
+    programs, images_gb = (build.CONTROL_PLANE, 0) if only_api else (build.EVERYTHING, _IMAGES_GB)
+    if missing := [*machine(), *_network(cluster), *_disk(programs, images_gb)]:
+        raise ValueError(_sentence("no local cluster on this machine", missing, ELSEWHERE))
 
 
-def check_images() -> None:
-    """The same for building the images."""
-    missing = [*_machine(), *_disk(only_api=False)]
-    if missing:
-        raise ValueError("no images can be built on this machine:\n  - " + "\n  - ".join(missing) + f"\n{ELSEWHERE}")
+def check_images(current: bool = False) -> None:
+    """The same for building the images, for the local cluster or for the current context's."""
+    disk = _disk((), _BUILDAH_GB) if current else _disk(build.EVERYTHING, _IMAGES_GB)
+    if missing := [*machine(), *disk]:
+        raise ValueError(_sentence("no images can be built here", missing, OTHERWISE if current else ELSEWHERE))
 
 
-def _machine() -> list[str]:
+def _sentence(what: str, missing: list[str], advice: str) -> str:
+    return "\n  - ".join([f"{what}:", *missing]) + f"\n{advice}"
+
+
+def machine() -> list[str]:
+    """What this machine lacks for namespaces, mounts and cgroups: as a cluster's host or for buildah."""
     if platform.system() != "Linux":
         return [f"it needs Linux, this is {platform.system()}"]
     if os.geteuid() != 0:
@@ -70,12 +79,11 @@ def _network(cluster: Cluster) -> list[str]:
     return found
 
 
-def _disk(only_api: bool) -> list[str]:
+def _disk(programs: Sequence[str], images_gb: int) -> list[str]:
     """Too little room for what the cache doesn't hold yet."""
-    names = build.CONTROL_PLANE if only_api else build.EVERYTHING
-    built = all(build.program(name).exists() for name in names)
-    imported = only_api or any("qlora-trainer" in image for image in seed.images())
-    needed = (0 if built else _BINARIES_GB) + (0 if imported else _IMAGES_GB) + 1
+    built = all(build.program(name).exists() for name in programs)
+    imported = any("qlora-trainer" in image for image in seed.images())
+    needed = (0 if built else _BINARIES_GB) + (0 if imported else images_gb) + 1
     CACHE.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(CACHE).free / 1e9
     if free >= needed:

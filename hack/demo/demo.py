@@ -65,11 +65,11 @@ def prepare(display: watch.Display, local: bool) -> Kubectl:
     """Cluster, images, operator, bucket, Secret, and no run of an earlier demo."""
     display.say("cluster, images and operator (minutes when nothing is built yet) ...")
     cluster("up", quiet=False)
+    store = upload.Store.find()  # now: what is missing in the environment is said before anything is built
     cluster("deploy", "--set", "timing.statusIntervalSeconds=0.5", quiet=False)
     kubeconfig = Path(json.loads(cluster("status"))["kubeconfig"]) if local else None
     kubectl = Kubectl(kubeconfig, NAMESPACE)
     display.say("model and data into the bucket ...")
-    store = upload.Store.find()
     upload.upload(store.client())
     restricted = {"pod-security.kubernetes.io/enforce": "restricted"}
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": restricted}}
@@ -88,7 +88,7 @@ def name_of(path: Path) -> str:
 def fine_tune(kubectl: Kubectl, display: watch.Display, facts: Facts, kill: bool) -> watch.Run:
     """Apply the example and follow it to its end; in the middle a node dies and comes back."""
     display.say(f"kubectl apply -f {EXAMPLE.relative_to(ROOT)}")
-    print(kubectl.must("apply", "-f", str(EXAMPLE)).strip())
+    print(kubectl.must("apply", "-f", "-", stdin=upload.example(EXAMPLE)).strip())
     with watch.RunWatch(kubectl, name_of(EXAMPLE)) as followed:
         followed.until("training", lambda run: watch.step(run) > 0, START_SECONDS, display)
         if kill:

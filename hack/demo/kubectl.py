@@ -14,14 +14,17 @@ Manifest = dict[str, Any]
 
 
 def cluster(*words: str, name: str | None = None, quiet: bool = True) -> str:
-    """Run one command of `hack.cluster`; its standard output.
+    """Run one command of `hack.cluster`; its standard output. One that is named is a local cluster, always.
 
     Raises:
         RuntimeError: the command failed, with what it said.
     """
     command = [sys.executable, "-m", "hack.cluster", *(("--name", name) if name else ()), *words]
     errors = subprocess.PIPE if quiet else None
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, check=False)
+    environment = {**os.environ, **({"CLUSTER": "local"} if name else {})}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)} failed: {done.stderr or 'see above'}")
     return done.stdout.strip()

@@ -1,13 +1,14 @@
 """How much of this machine's memory is in use at most, sampled once a second."""
 
 import threading
-from pathlib import Path
+
+import psutil
 
 _PERIOD = 1.0  # seconds
 
 
 class MemoryMeter:
-    """Peak of MemTotal - MemAvailable while the context is open; everything on the machine counts."""
+    """Peak of total - available memory while the context is open; everything on the machine counts."""
 
     def __init__(self) -> None:
         self.peak_gib = 0.0
@@ -29,6 +30,5 @@ class MemoryMeter:
 
 def used_gib() -> float:
     """Memory in use right now, GiB."""
-    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    kib = {words[0].rstrip(":"): int(words[1]) for words in lines}
-    return (kib["MemTotal"] - kib["MemAvailable"]) / (1 << 20)
+    memory = psutil.virtual_memory()
+    return (memory.total - memory.available) / (1 << 30)

@@ -1,7 +1,9 @@
 """Fill the examples' bucket: the model, the samples; and the Secret by which the trainer's pods reach it.
 
-The store is the local cluster's own or, with CLUSTER=current, the one of the AWS_* variables. A large file that is
-there already with the right size is not sent again.
+The store is the local cluster's own or, with CLUSTER=current, the one of the environment: AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, and where they apply AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL (a store that is not AWS),
+AWS_ENDPOINT_URL_IN_PODS (when pods reach it by another address) and QLORA_BUCKET. A large file that is there already
+with the right size is not sent again.
 
     python -m hack.demo.upload        prints what it sent
 """
@@ -14,14 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import boto3
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
 from hack.demo.kubectl import ROOT, Kubectl, Manifest, cluster
 from hack.demo.prepare_model import prepare_model
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-BUCKET = "qlora-demo"
+EXAMPLES_BUCKET = "qlora-demo"  # as the examples name it
+BUCKET = os.environ.get("QLORA_BUCKET") or EXAMPLES_BUCKET
 MODEL_PREFIX = "models/smollm2-135m-instruct"
 RUNS_PREFIX = "runs"
 SECRET = "qlora-s3"
@@ -29,6 +32,7 @@ NUM_SMALL = 120
 LARGE = 1 << 20
 DATA = ROOT / "examples" / "data"
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
+SESSION = "AWS_SESSION_TOKEN"
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Store:
             endpoint_url=self.endpoint or None,
             aws_access_key_id=self.credentials["AWS_ACCESS_KEY_ID"],
             aws_secret_access_key=self.credentials["AWS_SECRET_ACCESS_KEY"],
+            aws_session_token=self.credentials.get(SESSION),
             region_name=self.credentials["AWS_REGION"],
         )
 
@@ -75,8 +80,15 @@ class Store:
 def _credentials(values: Mapping[str, str]) -> dict[str, str]:
     given = {"AWS_REGION": "us-east-1", **values}
     if missing := [name for name in CREDENTIALS if not given.get(name)]:
-        raise ValueError(f"set {', '.join(missing)}: the examples need an S3 store (see examples/s3-secret.yaml)")
-    return {name: given[name] for name in CREDENTIALS}
+        raise ValueError(
+            f"set {', '.join(missing)}: the examples need an S3 store, and AWS_ENDPOINT_URL when it is not AWS's own"
+        )
+    return {name: given[name] for name in (*CREDENTIALS, SESSION) if given.get(name)}
+
+
+def example(path: Path) -> str:
+    """An example's manifest, in the bucket that is used."""
+    return path.read_text().replace(f"s3://{EXAMPLES_BUCKET}/", f"s3://{BUCKET}/")
 
 
 def files() -> Iterator[tuple[str, bytes | Path]]:
@@ -90,11 +102,18 @@ def files() -> Iterator[tuple[str, bytes | Path]]:
 
 
 def upload(client: "S3Client", bucket: str = BUCKET) -> list[str]:
-    """Create the bucket if need be and send what it lacks; the keys sent."""
+    """Create the bucket if need be and send what it lacks; the keys sent.
+
+    Raises:
+        ValueError: the store is not there, or the bucket is not to be had.
+    """
     try:
-        client.head_bucket(Bucket=bucket)
-    except ClientError:
-        client.create_bucket(Bucket=bucket)
+        _ensure_bucket(client, bucket)
+    except (BotoCoreError, ClientError) as error:
+        raise ValueError(
+            f"bucket {bucket} at {client.meta.endpoint_url}: {error}. Check AWS_ENDPOINT_URL, AWS_REGION and the keys; "
+            "QLORA_BUCKET names another bucket"
+        ) from error
     sent = []
     for key, content in files():
         size = content.stat().st_size if isinstance(content, Path) else len(content)
@@ -106,6 +125,19 @@ def upload(client: "S3Client", bucket: str = BUCKET) -> list[str]:
             client.put_object(Bucket=bucket, Key=key, Body=content)
         sent.append(key)
     return sent
+
+
+def _ensure_bucket(client: "S3Client", bucket: str) -> None:
+    try:
+        client.head_bucket(Bucket=bucket)
+    except ClientError as error:
+        if error.response["Error"]["Code"] not in ("404", "NoSuchBucket"):
+            raise
+        region = client.meta.region_name
+        if region == "us-east-1":  # the one that must not be named
+            client.create_bucket(Bucket=bucket)
+        else:
+            client.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": region})  # type: ignore[typeddict-item]
 
 
 def _size(client: "S3Client", bucket: str, key: str) -> int | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 
-from .. import build, lifecycle, preflight
+from .. import build, current, lifecycle, preflight
+from ..current import Registry
 from ..progress import say, step
 from ..settings import PROJECT, Cluster, locked
 from . import builder, seed, transport
@@ -16,42 +18,40 @@ RELEASE, NAMESPACE = "qlora-operator", "qlora-system"
 
 def load_all(cluster: Cluster | None, names: list[str]) -> dict[str, str]:
     """Builds the named images and brings them to the cluster's nodes, or with None to REGISTRY; name -> reference."""
-    if cluster is not None:
-        preflight.check_images()
-        transport.ensure_tools()
-    references = {}
-    for name in names:
-        with locked(f"image-{name}"):
-            image = builder.IMAGES[name]
-            references[name] = _to_nodes(image, cluster) if cluster else _to_registry(image)
-    return references
+    if cluster is None:
+        registry, to_registry = Registry.given(), _registry_builder()
+        with step(f"images in {registry.prefix}"):
+            return {name: to_registry(builder.IMAGES[name], registry) for name in names}
+    preflight.check_images()
+    transport.ensure_tools()
+    return {name: _to_nodes(builder.IMAGES[name], cluster) for name in names}
 
 
 def _to_nodes(image: builder.Image, cluster: Cluster) -> str:
-    dependencies, reference = builder.build_image(image)
-    if reference in seed.images() and not lifecycle.lacking(cluster, reference):
-        say(f"{reference}: already there")
+    with locked(image.name):
+        dependencies, reference = builder.build_image(image)
+        if reference in seed.images() and not lifecycle.lacking(cluster, reference):
+            say(f"{reference}: already there")
+            return reference
+        transport.deliver_dependencies(dependencies, image)
+        for node in transport.deliver(reference, image, cluster):
+            say(f"node{node} lacks the dependencies: it starts anew as a clone of the seed")
+            lifecycle.restart_node(cluster, node)
         return reference
-    transport.deliver_dependencies(dependencies, image)
-    for node in transport.deliver(reference, image, cluster):
-        say(f"node{node} lacks the dependencies: it starts anew as a clone of the seed")
-        lifecycle.restart_node(cluster, node)
-    return reference
 
 
-def _to_registry(image: builder.Image) -> str:
-    registry = os.environ.get("REGISTRY")
-    if not registry:
-        raise ValueError("CLUSTER=current needs REGISTRY=<host/path>, a registry that its nodes pull from")
-    if shutil.which("docker"):
-        dockerfile = f"{image.folder}/Dockerfile"
-        target = f"{registry.rstrip('/')}/{builder.tagged(image, 'docker').rpartition('/')[2]}"
-        with step(f"building and pushing {target}"):
-            subprocess.run(["docker", "build", "--tag", target, "--file", dockerfile, "."], cwd=PROJECT, check=True)
-            subprocess.run(["docker", "push", target], check=True)
-        return target
+def _registry_builder() -> Callable[[builder.Image, Registry], str]:
+    """What builds and pushes: buildah as for the local cluster, or Docker where that is what this machine has."""
+    if shutil.which("docker") and (preflight.machine() or not shutil.which("buildah")):
+        return transport.build_with_docker
+    preflight.check_images(current=True)
     transport.ensure_tools()
-    return transport.push(builder.build_image(image)[1], registry)
+    return _build_and_push
+
+
+def _build_and_push(image: builder.Image, registry: Registry) -> str:
+    with locked(image.name):
+        return transport.push(builder.build_image(image)[1], registry)
 
 
 def deploy(cluster: Cluster | None, extra: list[str]) -> None:
@@ -59,8 +59,10 @@ def deploy(cluster: Cluster | None, extra: list[str]) -> None:
     references = load_all(cluster, ["operator", "trainer"])
     values = []
     for prefix, reference in (("image", references["operator"]), ("trainer.image", references["trainer"])):
-        repository, _, tag = reference.rpartition(":")
-        values += ["--set", f"{prefix}.repository={repository}", "--set", f"{prefix}.tag={tag}"]
+        # by digest from a registry, by tag on the local nodes
+        kind = "digest" if "@" in reference else "tag"
+        repository, _, value = reference.partition("@") if kind == "digest" else reference.rpartition(":")
+        values += ["--set-string", f"{prefix}.repository={repository},{prefix}.{kind}={value}"]
     install = ["upgrade", "--install", RELEASE, str(PROJECT / "charts" / "qlora-operator"), "--wait"]
     install += ["--take-ownership", "--force-conflicts"]  # the CRD may be there already, from `make install`
     _helm(cluster, *install, "--namespace", NAMESPACE, "--create-namespace", *values, *extra)
@@ -71,6 +73,9 @@ def undeploy(cluster: Cluster | None) -> None:
 
 
 def _helm(cluster: Cluster | None, *arguments: str) -> None:
-    build.binaries("helm")
-    environment = os.environ | ({"KUBECONFIG": str(cluster.kubeconfig)} if cluster else {})
-    subprocess.run([str(build.program("helm")), *arguments], env=environment, check=True)
+    if cluster is None:
+        program, environment = current.client("helm"), dict(os.environ)
+    else:
+        build.binaries("helm")
+        program, environment = build.program("helm"), os.environ | {"KUBECONFIG": str(cluster.kubeconfig)}
+    subprocess.run([str(program), *arguments], env=environment, check=True)

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 import tarfile
 import tempfile
 from dataclasses import dataclass
@@ -20,10 +21,15 @@ from pathlib import Path
 from typing import IO
 
 from .. import build, namespaces
+from ..current import Registry
 from ..progress import step
-from ..settings import CACHE, Cluster
+from ..settings import CACHE, PROJECT, Cluster
 from . import builder, seed
 
+PUSH_HINT = (
+    "Is REGISTRY right, may you push there (`docker login HOST` or `buildah login HOST`), and does it speak TLS "
+    "(else REGISTRY=http://...)?"
+)
 _STREAM_LIMIT = 300 * 2**20  # bytes; more than this is quicker by a new clone of the seed
 
 
@@ -137,12 +143,36 @@ def _import(export: Export, blobs: list[Path], ctr: list[str]) -> None:
             raise RuntimeError(f"ctr images import: {output.read().decode().strip()}")
 
 
-def push(reference: str, registry: str) -> str:
-    """Pushes a built image to a registry; returns its reference there."""
-    target = f"{registry.rstrip('/')}/{reference.rpartition('/')[2]}"
-    with step(f"pushing {target}"):
-        builder.buildah("push", reference, f"docker://{target}")
-    return target
+def push(reference: str, registry: Registry) -> str:
+    """Pushes a built image to a registry; returns its reference there, by digest.
+
+    Raises RuntimeError with buildah's words when the registry doesn't take it.
+    """
+    target = f"{registry.prefix}/{reference.rpartition('/')[2]}"
+    with step(f"pushing {target}"), tempfile.NamedTemporaryFile("r") as digest:
+        plain = ["--tls-verify=false"] if registry.plain_http else []
+        try:
+            builder.buildah("push", "--retry=1", *plain, "--digestfile", digest.name, reference, f"docker://{target}")
+        except RuntimeError as error:
+            raise RuntimeError(f"{target} can't be pushed. {PUSH_HINT}\n{error}") from error
+        return f"{target.rpartition(':')[0]}@{digest.read().strip()}"
+
+
+def build_with_docker(image: builder.Image, registry: Registry) -> str:
+    """Builds an image by Docker and pushes it; returns its reference there, by digest.
+
+    Raises RuntimeError when Docker can't build it or the registry doesn't take it; Docker itself has said why.
+    """
+    target = f"{registry.prefix}/{builder.tagged(image, 'docker').rpartition('/')[2]}"
+    build_words = ["build", "--tag", target, "--file", f"{image.folder}/Dockerfile", "."]
+    with step(f"building and pushing {target}"):
+        if subprocess.run(["docker", *build_words], cwd=PROJECT, stdout=sys.stderr, check=False).returncode:
+            raise RuntimeError(f"docker {' '.join(build_words)} failed: see above")
+        if subprocess.run(["docker", "push", target], stdout=sys.stderr, check=False).returncode:
+            raise RuntimeError(f"{target} can't be pushed. {PUSH_HINT}")
+    inspect = ["docker", "image", "inspect", "--format", "{{json .RepoDigests}}", target]
+    found = json.loads(subprocess.run(inspect, check=True, capture_output=True, text=True).stdout)
+    return next(str(name) for name in found if name.startswith(target.rpartition(":")[0] + "@"))
 
 
 def ensure_tools() -> None:
