@@ -51,7 +51,8 @@ def ensure(cluster: Cluster, outer: int) -> None:
         *("unshare", "--mount", "sh", "-c", 'cd "$0" && ln -f "$1" weed && mount --bind tmp /tmp && shift; exec "$@"'),
         *(folder, program, *_SERVER, "-dir=data", f"-ip={address}", f"-ip.bind={address}"),
         *("-filer", "-s3", f"-s3.port={PORT}", "-s3.config=identities.json", "-master.volumeSizeLimitMB=1024"),
-        *("-volume.max=0", "-master.telemetry=false"),
+        # its own guess of how many volumes fit is none at all on a disk with a few GB left
+        *("-volume.max=1000", "-volume.minFreeSpace=1GiB", "-master.telemetry=false"),
     ]
     environment = {"PATH": build.path_variable(), "HOME": str(folder)}
     namespaces.start(outer, command, cluster.dir / "log" / "s3.log", environment)

@@ -54,9 +54,14 @@ IMAGES = {
 
 
 def buildah(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
-    """buildah on the store of the cache; what it says goes to a log unless it fails."""
-    command = ["buildah", "--root", str(_STORE), "--runroot", "/run/qlora-buildah", "--storage-driver", "overlay"]
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, cwd=PROJECT, check=False)
+    """buildah on the store of the cache; what it says goes to a log unless it fails.
+
+    Each call has mounts of its own, and its own record of them: it leaves those of an image that lent files mounted.
+    """
+    with tempfile.TemporaryDirectory(prefix="qlora-buildah-", dir="/run") as records:
+        command = ["unshare", "--mount", "--propagation", "private", "buildah", "--root", str(_STORE)]
+        command += ["--runroot", records, "--storage-driver", "overlay", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, check=False)
     if done.returncode and options.get("check", True):
         raise RuntimeError(f"buildah {arguments[0]}: {(done.stdout + done.stderr).strip()[-4000:]}")
     return done
