@@ -40,11 +40,12 @@ MODULES: dict[str, tuple[str, dict[str, str]]] = {
             )
         },
     ),
-    "coredns": ("-s -w", {"coredns": "github.com/coredns/coredns"}),
+    "coredns": ("-s -w", {"coredns": "."}),
     "helm": ("-s -w", {"helm": "helm.sh/helm/v4/cmd/helm"}),
     "registry": ("-s -w", {"registry": "."}),
 }
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kubectl")
+_GO_CACHE = CACHE / "go"  # 8 GB of Go's own caches: dropped when the programs are there
 _LATER = ("helm", "registry")  # built by the commands that use them
 EVERYTHING = tuple(name for _, programs in MODULES.values() for name in programs if name not in _LATER)  # `up` needs
 DEBIAN = {  # program -> Debian package that carries it
@@ -85,13 +86,16 @@ def binaries(*names: str) -> None:
             with locked("build"), step(f"building {name}"):
                 if not program(name).exists():
                     go_build(HERE / "tools" / module, ldflags, programs[name], program(name))
+    if all(program(name).exists() for name in (*EVERYTHING, "helm")):
+        shutil.rmtree(_GO_CACHE, ignore_errors=True)
 
 
 def go_build(module: Path, ldflags: str, package: str, target: Path) -> None:
     """Builds one static program of the Go module in this folder."""
     target.parent.mkdir(parents=True, exist_ok=True)
     # -mod=readonly: go.sum is the pin, a build must not move it
-    environment = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly -trimpath"}
+    environment = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly -modcacherw -trimpath"}
+    environment |= {"GOCACHE": str(_GO_CACHE / "build"), "GOMODCACHE": str(_GO_CACHE / "modules")}
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         built = Path(scratch) / target.name
         command = [str(_go()), "build", "-ldflags", ldflags, "-o", str(built), package]

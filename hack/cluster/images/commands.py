@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from .. import build, current, lifecycle, preflight
 from ..current import Registry
@@ -56,7 +58,10 @@ def _build_and_push(image: builder.Image, registry: Registry) -> str:
 
 def deploy(cluster: Cluster | None, extra: list[str]) -> None:
     """Builds, loads and installs or upgrades everything by the Helm chart; `extra` goes to helm."""
-    references = load_all(cluster, ["operator", "trainer"])
+    with ThreadPoolExecutor(1) as pool:
+        helm = pool.submit(_helm_program, cluster)  # minutes when it is to be built, and the images' are waits, mostly
+        references = load_all(cluster, ["operator", "trainer"])
+        helm.result()
     values = []
     for prefix, reference in (("image", references["operator"]), ("trainer.image", references["trainer"])):
         # by digest from a registry, by tag on the local nodes
@@ -73,9 +78,12 @@ def undeploy(cluster: Cluster | None) -> None:
 
 
 def _helm(cluster: Cluster | None, *arguments: str) -> None:
+    environment = os.environ | ({"KUBECONFIG": str(cluster.kubeconfig)} if cluster else {})
+    subprocess.run([str(_helm_program(cluster)), *arguments], env=environment, check=True)
+
+
+def _helm_program(cluster: Cluster | None) -> Path:
     if cluster is None:
-        program, environment = current.client("helm"), dict(os.environ)
-    else:
-        build.binaries("helm")
-        program, environment = build.program("helm"), os.environ | {"KUBECONFIG": str(cluster.kubeconfig)}
-    subprocess.run([str(program), *arguments], env=environment, check=True)
+        return current.client("helm")
+    build.binaries("helm")
+    return build.program("helm")
