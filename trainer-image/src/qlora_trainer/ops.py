@@ -65,8 +65,7 @@ class GroupSpec:
     def parts(self) -> list[Part]:
         """Of every adapted member."""
         separate = len(self.widths) == len(self.rows)
-        result: list[Part] = []
-        b_end = 0
+        result, b_end = list[Part](), 0
         for index, (rows, end, adapted) in enumerate(zip(self.rows, accumulate(self.rows), self.adapted, strict=True)):
             if adapted:
                 xa = slice(len(result) * self.rank, (len(result) + 1) * self.rank)
