@@ -82,15 +82,19 @@ test-gpu: sync ## On a machine with GPUs: bytes, oracle, resume. CI has none.
 
 .PHONY: chaos-smoke
 chaos-smoke: sync ## Eight cells of the kill grid.
-	$(RUN) python -m tests.chaos.grid --smoke
+	$(RUN) python -m tests.chaos --cells 8
 
 .PHONY: chaos-fast
 chaos-fast: sync ## Kill grid without a cluster, under ten minutes; ends with one line of JSON.
-	$(RUN) python -m tests.chaos.grid --fast
+	$(RUN) python -m tests.chaos --cells 36
 
 .PHONY: chaos
-chaos: sync ## The whole kill grid, on the local cluster, too.
-	$(RUN) python -m tests.chaos.grid
+chaos: sync ## 300 cells of the kill grid and 28 on the local cluster; ends with one line of JSON.
+	$(RUN) python -m tests.chaos --cells 300 --cluster 28
+
+.PHONY: chaos-poisson
+chaos-poisson: sync ## Twenty minutes of random faults on the local cluster, one a minute: goodput and recovery.
+	$(RUN) python -m tests.chaos.poisson
 
 ##@ Measurements
 .PHONY: bench

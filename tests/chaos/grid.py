@@ -1,11 +1,9 @@
-"""The kill grid: `python -m tests.chaos.grid [--smoke | --fast | --cells N] [--seed S]`. No cluster needed.
+"""The cells of the kill grid that need no cluster.
 
 Each group of cells strikes one run of the real trainer; afterwards the run is compared with an undisturbed one: the
-same samples in the same order, the same adapter. Ends with one line of JSON.
+same samples in the same order, the same adapter.
 """
 
-import argparse
-import json
 import os
 import shutil
 import sys
@@ -14,7 +12,7 @@ import time
 from pathlib import Path
 
 from tests.chaos import tiny
-from tests.chaos.cells import Cell, every_cell, sample
+from tests.chaos.cells import Cell
 from tests.chaos.driver import Driver
 from tests.chaos.faultplan import FILE_NAME, FaultPlan
 from tests.chaos.local import LocalCluster
@@ -24,7 +22,6 @@ from tests.chaos.zygote import start_zygote
 
 from qlora_operator.settings import Settings
 
-CELLS = {"smoke": 8, "fast": 36}
 CELLS_PER_RUN = 12
 STEPS_PER_CELL = 40
 SPARE_STEPS = 25  # a cell begins only while so many steps are left
@@ -98,9 +95,8 @@ class Grid:
         return LocalCluster(config, folder, environment, SETTINGS, fork=True)
 
 
-def run(cells: list[Cell], seed: int) -> int:
-    """Carry the cells out; 0 when every promise was kept."""
-    started, report = time.monotonic(), Report()
+def run(cells: list[Cell], report: Report) -> None:
+    """Carry the cells out."""
     os.environ.update(QLORA_WORKER="tests.chaos.real:run", OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     start_zygote()
@@ -110,28 +106,3 @@ def run(cells: list[Cell], seed: int) -> int:
         while left:
             group, left = left[:CELLS_PER_RUN], left[CELLS_PER_RUN:]
             left = grid.strike(group, report) + left
-    for failure in report.failed:
-        print(f"FAILED {failure.splitlines()[0]}")
-    print(report.table())
-    print(json.dumps(report.line(seed, time.monotonic() - started)), flush=True)
-    return 0 if report.is_good else 1
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--smoke", action="store_true", help="a few cells, for `make test`")
-    size.add_argument("--fast", action="store_true", help="under ten minutes")
-    size.add_argument("--cells", type=int, help="so many cells")
-    parser.add_argument("--seed", type=int, default=None)
-    options = parser.parse_args()
-    seed = options.seed if options.seed is not None else int(time.time()) % 100_000
-    number = options.cells or CELLS["smoke" if options.smoke else "fast"]
-    if not (options.smoke or options.fast or options.cells):
-        number = len(every_cell())
-    print(f"seed {seed}, {number} cells", flush=True)
-    return run(sample(every_cell(), number, seed), seed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,14 +1,11 @@
-"""The kill grid on the local Kubernetes: `python -m tests.chaos.kubegrid [--cells N] [--seed S]`.
+"""The cells of the kill grid that need Kubernetes.
 
 Three nodes that are struck and a fourth that carries the operator, which is not on spot nodes. The run is as small as
-in grid.py, in S3; afterwards it is compared with an undisturbed one. Ends with one line of JSON.
+in grid.py, in S3; afterwards it is compared with an undisturbed one.
 """
 
-import argparse
 import json
 import os
-import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +14,7 @@ from hack.cluster.settings import Cluster, load
 from hack.demo import upload
 from hack.demo.kubectl import Kubectl, Manifest, cluster
 from tests.chaos import tiny
-from tests.chaos.cells import MAX_NODES, Cell, every_cell_on_cluster, sample
+from tests.chaos.cells import MAX_NODES, Cell
 from tests.chaos.driver import CHECKPOINT_STEPS, Driver
 from tests.chaos.faultplan import FILE_NAME, FaultPlan
 from tests.chaos.kube import KubeCluster
@@ -27,7 +24,7 @@ from tests.chaos.verify import Steps, compare
 from qlora_api.run import RUN_DIR
 
 NAME, NAMESPACE, BUCKET, TAINT = "chaos", "qlora-chaos", "qlora-chaos", "qlora.dev/not-spot"
-CELLS, CELLS_PER_RUN, STEPS_PER_CELL, SPARE_STEPS = 28, 7, 130, 30
+CELLS_PER_RUN, STEPS_PER_CELL, SPARE_STEPS = 7, 130, 30
 GLOBAL_BATCH = 24  # makes a step take some tenths of a second
 
 
@@ -37,7 +34,6 @@ class KubeGrid:
     def __init__(self, folder: Path, kubectl: Kubectl, local: Cluster, store: upload.Store, num_steps: int) -> None:
         self._folder, self._kubectl, self._local, self._store = folder, kubectl, local, store
         self._num_steps, self._number = num_steps, 0
-        self.growths: list[tuple[float, int]] = []
         with self._start(max_nodes=1) as run:
             self._reference = self._finish(run)
 
@@ -46,7 +42,7 @@ class KubeGrid:
         with self._start(MAX_NODES) as run:
             num_failed = len(report.failed)
             left = report.strike(Driver(run, FaultPlan(run.plans)), cells, self._num_steps - SPARE_STEPS)
-            self.growths += run.timeline.growths()
+            report.growths += run.timeline.growths()
             if len(report.failed) > num_failed:
                 return left
             steps, bucket = self._finish(run)
@@ -127,9 +123,8 @@ def _download(store: upload.Store, prefix: str, folder: Path) -> None:
             client.download_file(BUCKET, item["Key"], str(path))
 
 
-def run(cells: list[Cell], seed: int) -> int:
-    """Carry the cells out; 0 when every promise was kept."""
-    started, report = time.monotonic(), Report()
+def run(cells: list[Cell], report: Report) -> None:
+    """Carry the cells out."""
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         kubectl, store = prepare(Path(name))
         num_steps = STEPS_PER_CELL * min(len(cells), CELLS_PER_RUN)
@@ -138,29 +133,3 @@ def run(cells: list[Cell], seed: int) -> int:
         while left:
             group, left = left[:CELLS_PER_RUN], left[CELLS_PER_RUN:]
             left = grid.strike(group, report) + left
-    for failure in report.failed:
-        print(f"FAILED {failure.splitlines()[0]}")
-    print(report.table())
-    pauses = [pause for pause, _ in grid.growths]
-    more = {
-        "growths": len(pauses),
-        "grow_pause_p50_seconds": round(statistics.median(pauses), 2) if pauses else None,
-        "grow_pause_max_seconds": round(max(pauses), 2) if pauses else None,
-        "max_steps_lost_by_growth": max((lost for _, lost in grid.growths), default=None),
-    }
-    print(json.dumps({**report.line(seed, time.monotonic() - started), **more}), flush=True)
-    return 0 if report.is_good else 1
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cells", type=int, default=CELLS, help="how many (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=int(time.time()) % 100_000)
-    options = parser.parse_args()
-    cells = sample(every_cell_on_cluster(), options.cells, options.seed)
-    print(f"seed {options.seed}, {len(cells)} of {len(every_cell_on_cluster())} cells", flush=True)
-    return run(cells, options.seed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

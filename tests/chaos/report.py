@@ -18,6 +18,7 @@ class Report:
     outcomes: list[Outcome] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    growths: list[tuple[float, int]] = field(default_factory=list)  # (pause in seconds, steps done twice)
 
     def strike(self, driver: Driver, cells: list[Cell], last_step: int) -> list[Cell]:
         """Carry cells out while the run is before `last_step`; returns those it had no time for."""
@@ -49,8 +50,20 @@ class Report:
             "adapters_differing": sum(c.adapter_distance > TOLERANCE for c in self.comparisons),
             "recovery_p50_seconds": round(statistics.median(times), 2) if times else None,
             "recovery_p99_seconds": round(_percentile(times, 0.99), 2) if times else None,
+            **self._growth(),
             "seed": seed,
             "seconds": round(seconds),
+        }
+
+    def _growth(self) -> dict[str, object]:
+        if not self.growths:
+            return {}
+        pauses = [pause for pause, _ in self.growths]
+        return {
+            "growths": len(pauses),
+            "grow_pause_p50_seconds": round(statistics.median(pauses), 2),
+            "grow_pause_max_seconds": round(max(pauses), 2),
+            "max_steps_lost_by_growth": max(lost for _, lost in self.growths),
         }
 
     def table(self) -> str:
