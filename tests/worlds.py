@@ -190,7 +190,13 @@ class World:
         """The published tensors."""
         from safetensors.torch import load_file
 
-        return load_file(self.root / "bucket" / "run-01234567" / "adapter" / "adapter_model.safetensors")
+        return load_file(self.adapter_folder() / "adapter_model.safetensors")
+
+    def adapter_folder(self) -> Path:
+        """Where it was published."""
+        root = self.root / "bucket" / "run-01234567"
+        artifacts = json.loads((root / "manifest.json").read_text())["artifacts"]
+        return Path(artifacts["adapterUri"].removeprefix("file://"))
 
     def traces(self) -> list[dict[str, Any]]:
         """What every rank of every generation consumed."""

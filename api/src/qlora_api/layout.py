@@ -1,9 +1,12 @@
 """Every key that a run writes into its bucket. Nothing in a key or an object knows the world size.
 
 PREFIX/NAME-UID8/checkpoints/step-00000120-gen-00007/...   one complete save; manifest.json is written last
-PREFIX/NAME-UID8/adapter/...                               what peft loads
-PREFIX/NAME-UID8/merged/...                                bf16 safetensors, when asked for
+PREFIX/NAME-UID8/adapter/gen-00007/...                     what peft loads
+PREFIX/NAME-UID8/merged/gen-00007/...                      bf16 safetensors, when asked for
 PREFIX/NAME-UID8/manifest.json                             written last, conditionally: it makes the adapter real
+
+Whatever is written before its manifest carries its generation: who was left behind by a newer one and goes on writing
+spoils nothing of it.
 """
 
 import re
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 from qlora_api.run import RunIdentity
 
 MANIFEST = "manifest.json"
+CHECKPOINTS, ADAPTERS, MERGED = "checkpoints", "adapter", "merged"
 _CHECKPOINT = re.compile(r"step-(\d{8})-gen-(\d{5})")
 
 
@@ -26,25 +30,24 @@ class RunLayout:
         """The layout below the spec's output.uri; the uid keeps a re-created run of the same name apart."""
         return cls(f"{output_uri.rstrip('/')}/{run.name}-{run.uid[:8]}")
 
-    @property
-    def adapter(self) -> str:
-        return f"{self.root}/adapter"
+    def uri(self, key: str) -> str:
+        """Of a key below the run's root."""
+        return f"{self.root}/{key}"
 
-    @property
-    def merged(self) -> str:
-        return f"{self.root}/merged"
 
-    @property
-    def manifest(self) -> str:
-        return f"{self.root}/{MANIFEST}"
+def checkpoint_key(step: int, generation: int) -> str:
+    """Folder of the checkpoint of `step` as saved by `generation`."""
+    return f"{CHECKPOINTS}/step-{step:08d}-gen-{generation:05d}"
 
-    @property
-    def checkpoints(self) -> str:
-        return f"{self.root}/checkpoints"
 
-    def checkpoint(self, step: int, generation: int) -> str:
-        """Folder of the checkpoint of `step` as saved by `generation`."""
-        return f"{self.checkpoints}/step-{step:08d}-gen-{generation:05d}"
+def adapter_key(generation: int) -> str:
+    """Folder of the adapter as uploaded by `generation`."""
+    return f"{ADAPTERS}/gen-{generation:05d}"
+
+
+def merged_key(generation: int) -> str:
+    """Folder of the merged model as uploaded by `generation`."""
+    return f"{MERGED}/gen-{generation:05d}"
 
 
 def parse_checkpoint(key: str) -> tuple[int, int] | None:

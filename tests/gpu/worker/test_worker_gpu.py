@@ -24,7 +24,7 @@ def gpu_world(make_world: MakeWorld, name: str, **spec: Any) -> Any:
 
 
 def losses(world: Any) -> list[float]:
-    metrics = world.root / "bucket" / "run-01234567" / "adapter" / "metrics.json"
+    metrics = world.adapter_folder() / "metrics.json"
     return [point[1] for point in json.loads(metrics.read_text())["history"]["points"]]
 
 

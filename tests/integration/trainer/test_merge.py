@@ -50,15 +50,17 @@ def test_equals_pefts_merge(make_world: Callable[..., Any], lora: dict[str, Any]
     world.config = world.config.model_copy(update={"spec": spec})
     assert world.run([0]) == [0]
     root = world.root / "bucket" / "run-01234567"
-    assert json.loads((root / "manifest.json").read_text())["artifacts"]["mergedUri"] == f"file://{root}/merged"
-    index = json.loads((root / "merged" / merge.INDEX).read_text())
+    assert (
+        json.loads((root / "manifest.json").read_text())["artifacts"]["mergedUri"] == f"file://{root}/merged/gen-00001"
+    )
+    index = json.loads((root / "merged/gen-00001" / merge.INDEX).read_text())
     assert len(set(index["weight_map"].values())) == 3, "what is not quantized, and two layers"
 
     prepared = prepare(world.config, world.env(0))
     base = dequantized_base(prepared.packed, prepared.model.path)
-    theirs = PeftModel.from_pretrained(base, str(root / "adapter")).merge_and_unload().state_dict()
+    theirs = PeftModel.from_pretrained(base, str(world.adapter_folder())).merge_and_unload().state_dict()
     for name, file in index["weight_map"].items():
-        ours = load_file(root / "merged" / file)[name]
+        ours = load_file(root / "merged/gen-00001" / file)[name]
         assert ours.dtype == torch.bfloat16
         assert torch.equal(ours, theirs[name].to(torch.bfloat16)), name
 
@@ -68,7 +70,7 @@ def test_the_merged_model_loads_and_the_command_writes_the_same(make_world: Call
 
     world = make_world("merge", training={"maxSteps": 2})
     assert world.run([0]) == [0]
-    adapter, out = world.root / "bucket" / "run-01234567" / "adapter", tmp_path / "out"
+    adapter, out = world.adapter_folder(), tmp_path / "out"
     config = world.config.to_wire()
     config["spec"]["output"]["uri"] = "s3://unused/here"
     (tmp_path / "config.json").write_text(json.dumps(config))

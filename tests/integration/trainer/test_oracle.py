@@ -124,7 +124,7 @@ def initial_adapter(session: Session) -> dict[str, Tensor]:
 
 
 def our_losses(world: Any) -> list[float]:
-    metrics = world.root / "bucket" / "run-01234567" / "adapter" / "metrics.json"
+    metrics = world.adapter_folder() / "metrics.json"
     return [point[1] for point in json.loads(metrics.read_text())["history"]["points"]]
 
 

@@ -176,7 +176,7 @@ def test_a_run_from_s3_to_s3(s3_world: Any, server: Server) -> None:
     resumed = min(line["step"] for line in s3_world.traces() if line["generation"] == 2)
     assert resumed >= complete[0].step
     state = s3_world.state(5)
-    assert state.artifacts.adapter_uri == f"{output}/adapter"
+    assert state.artifacts.adapter_uri == f"{output}/adapter/gen-00002"
     manifest = json.loads(read_bytes(store, "manifest.json"))
     sizes = {entry.key: entry.size for entry in store.list("adapter/")}
     assert {record["name"]: record["size"] for record in manifest["files"]} == sizes

@@ -42,7 +42,7 @@ def test_two_ranks_train_and_publish(make_world: MakeWorld) -> None:
     keys = {entry.key: entry.size for entry in bucket(world).list()}
     manifest = json.loads((world.root / "bucket/run-01234567/manifest.json").read_text())
     assert {f["name"]: f["size"] for f in manifest["files"]} == {k: v for k, v in keys.items() if k[:8] == "adapter/"}
-    assert {"adapter/README.md", "adapter/loss.png", "adapter/adapter_config.json"} <= keys.keys()
+    assert {f"adapter/gen-00001/{name}" for name in ("README.md", "loss.png", "adapter_config.json")} <= keys.keys()
     assert manifest["provenance"]["spec"]["lora"]["r"] == 4 and manifest["provenance"]["model_digest"]
     assert [m.step for m in find_complete(bucket(world))] == [6, 4]
     assert world.run([0]) == [0], "a finished run is not trained again"
@@ -149,7 +149,7 @@ def test_conversations_an_evaluation_set_and_early_stopping(make_world: MakeWorl
     assert world.run([0, 1]) == [0, 0]
     state = world.state(0)
     assert state.progress.step < 200 and state.progress.step % 2 == 0
-    history = json.loads((world.root / "bucket/run-01234567/adapter/metrics.json").read_text())["history"]
+    history = json.loads((world.adapter_folder() / "metrics.json").read_text())["history"]
     losses = [loss for _, loss in history["evaluations"]]
     assert losses[-1] >= min(losses[:-1]) and losses == sorted(losses[:-1], reverse=True) + losses[-1:]
 
@@ -160,7 +160,7 @@ def test_early_stopping_publishes_the_best_adapter(make_world: MakeWorld, tmp_pa
     stopping = {**training, "maxSteps": 200, "earlyStoppingPatience": 3}
     straight, killed = (make_world(name, **chat(tmp_path), training=stopping) for name in ("straight", "killed"))
     assert straight.run([0]) == [0]
-    metrics = json.loads((straight.root / "bucket/run-01234567/adapter/metrics.json").read_text())
+    metrics = json.loads((straight.adapter_folder() / "metrics.json").read_text())
     best, loss = min(metrics["history"]["evaluations"][1:], key=lambda evaluation: evaluation[1])
     assert (metrics["published_step"], metrics["eval_loss_after"]) == (best, loss)
     assert metrics["steps"] == best + 6

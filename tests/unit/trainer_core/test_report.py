@@ -1,5 +1,7 @@
 """History, picture, card, checkpoints of a single process, and what makes an adapter bad."""
 
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qlora_api.layout import MANIFEST, RunLayout, checkpoint_key
 from qlora_trainer import adapter, checkpoint
 from qlora_trainer.errors import BadAdapter, StorageError
 from qlora_trainer.report import MAX_POINTS, History, loss_picture, model_card
@@ -113,7 +116,7 @@ def test_checkpoints_come_back_and_old_ones_go(saved: tuple[FileStore, dict[str,
 
 def test_incomplete_and_damaged_checkpoints_do_not_count(saved: tuple[FileStore, dict[str, torch.Tensor]]) -> None:
     store, _ = saved
-    folder = checkpoint.folder_of(4, 2)
+    folder = checkpoint_key(4, 2)
     name = checkpoint.find_complete(store)[0].files[0].name
     content = bytearray(read_bytes(store, f"{folder}/{name}"))
     content[-1] ^= 1
@@ -122,17 +125,17 @@ def test_incomplete_and_damaged_checkpoints_do_not_count(saved: tuple[FileStore,
         checkpoint.load(store, checkpoint.find_complete(store)[0])
     store.put(f"{folder}/{name}", b"short")
     assert [manifest.step for manifest in checkpoint.find_complete(store)] == [3]
-    store.delete([f"{checkpoint.folder_of(3, 2)}/manifest.json"])
+    store.delete([f"{checkpoint_key(3, 2)}/manifest.json"])
     assert checkpoint.find_complete(store) == []
 
 
 def test_what_is_complete_is_never_overwritten(saved: tuple[FileStore, dict[str, torch.Tensor]]) -> None:
     store, state = saved
-    before = read_bytes(store, f"{checkpoint.folder_of(4, 2)}/manifest.json")
+    before = read_bytes(store, f"{checkpoint_key(4, 2)}/manifest.json")
     writer = checkpoint.CheckpointWriter(store, keep=2, mesh=None)
     writer.save(4, 2, state, {"step": "other"})
     writer.finish()
-    assert read_bytes(store, f"{checkpoint.folder_of(4, 2)}/manifest.json") == before
+    assert read_bytes(store, f"{checkpoint_key(4, 2)}/manifest.json") == before
 
 
 def test_a_failed_save_is_told_and_the_next_one_works(tmp_path: Path) -> None:
@@ -154,3 +157,25 @@ def test_a_failed_save_is_told_and_the_next_one_works(tmp_path: Path) -> None:
     writer.save(2, 1, state, {})
     writer.finish()
     assert writer.num_failures == 0 and [m.step for m in checkpoint.find_complete(store)] == [2]
+
+
+def test_who_was_left_behind_spoils_nothing(tmp_path: Path) -> None:
+    """A member of generation 2 goes on uploading after generation 3 has published: 3's files stay as they are."""
+    store, layout = FileStore(tmp_path / "bucket"), RunLayout(f"file://{tmp_path}/bucket")
+
+    def publish(generation: int) -> str:
+        folder = tmp_path / f"of-{generation}"
+        folder.mkdir()
+        save_file({A: torch.full((2, 2), float(generation))}, folder / adapter.WEIGHTS)
+        measured = {"eval_loss_before": 2.0, "eval_loss_after": 1.0}
+        provenance = {"spec": {"output": {"merge": False}}}
+        return adapter.publish(store, layout, folder, generation, measured, provenance, lambda: None).adapter_sha256
+
+    store.put("adapter/gen-00001/leftover", b"of one who died before the manifest")
+    published = publish(3)
+    assert publish(2) == published, "what was published first stands"
+    manifest = json.loads(read_bytes(store, MANIFEST))
+    assert manifest["generation"] == 3
+    for record in manifest["files"]:
+        assert hashlib.sha256(read_bytes(store, record["name"])).hexdigest() == record["sha256"]
+    assert {entry.key for entry in store.list("adapter/")} == {record["name"] for record in manifest["files"]}

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora_api.layout import MANIFEST, RunLayout
+from qlora_api.layout import ADAPTERS, MANIFEST, MERGED, RunLayout, adapter_key, merged_key
 from qlora_api.run import TrainConfig
 from qlora_api.status import Artifacts
 from qlora_trainer import faults
@@ -29,7 +29,6 @@ from qlora_trainer.sources import sha256_of
 from qlora_trainer.storage import ObjectStore, read_bytes
 
 WEIGHTS = "adapter_model.safetensors"
-FOLDER = "adapter"
 _PREFIX = "base_model.model."
 _VERSIONS = ("qlora-trainer", "torch", "transformers", "peft", "bitsandbytes", "trl")
 
@@ -164,22 +163,23 @@ def publish(
     provenance: dict[str, Any],
     fence: Callable[[], None],
 ) -> Artifacts:
-    """Upload `folder`, then the manifest, each after `fence` let it pass. What an earlier one published stands.
+    """Upload `folder`, then the manifest, each after `fence` let it pass. What an earlier one published stands; what
+    others uploaded and did not publish goes.
 
     A merged model that lies in the store already is named by the manifest, too.
     """
-    records = []
+    key, records = adapter_key(generation), []
     for path in sorted(folder.iterdir()):
         fence()
-        store.put(f"{FOLDER}/{path.name}", path)
-        records.append(FileRecord(name=f"{FOLDER}/{path.name}", size=path.stat().st_size, sha256=sha256_of(path)))
+        store.put(f"{key}/{path.name}", path)
+        records.append(FileRecord(name=f"{key}/{path.name}", size=path.stat().st_size, sha256=sha256_of(path)))
     weights = next(record for record in records if record.name.endswith(WEIGHTS))
     artifacts = Artifacts(
-        adapter_uri=layout.adapter,
-        manifest_uri=layout.manifest,
+        adapter_uri=layout.uri(key),
+        manifest_uri=layout.uri(MANIFEST),
         adapter_bytes=sum(record.size for record in records),
         adapter_sha256=weights.sha256,
-        merged_uri=layout.merged if provenance["spec"]["output"].get("merge") else None,
+        merged_uri=layout.uri(merged_key(generation)) if provenance["spec"]["output"].get("merge") else None,
         eval_loss_before=metrics["eval_loss_before"],
         eval_loss_after=metrics["eval_loss_after"],
     )
@@ -197,7 +197,15 @@ def publish(
     store.put(MANIFEST, json.dumps(manifest, indent=1).encode(), if_none_match=True)
     published = find_published(store)
     assert published is not None
+    _drop_unpublished(store, layout, published)
     return published
+
+
+def _drop_unpublished(store: ObjectStore, layout: RunLayout, published: Artifacts) -> None:
+    """Delete what other generations uploaded."""
+    kept = tuple(uri.removeprefix(layout.uri("")) + "/" for uri in (published.adapter_uri, published.merged_uri) if uri)
+    found = (entry.key for folder in (ADAPTERS, MERGED) for entry in store.list(f"{folder}/"))
+    store.delete([key for key in found if not key.startswith(kept)])
 
 
 def find_published(store: ObjectStore) -> Artifacts | None:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from qlora_api.layout import MANIFEST, parse_checkpoint
+from qlora_api.layout import CHECKPOINTS, MANIFEST, checkpoint_key, parse_checkpoint
 from qlora_api.status import CheckpointStatus
 from qlora_trainer import faults
 from qlora_trainer.errors import StorageError, TrainerError
@@ -36,7 +36,6 @@ from qlora_trainer.sources import sha256_of
 from qlora_trainer.storage import ObjectStore, read_bytes
 
 FORMAT = 1
-_FOLDER = "checkpoints"
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is what is meant
 _SLICED_FROM = 4096  # elements; smaller tensors go whole into one rank's file
 
@@ -61,11 +60,6 @@ class Manifest(BaseModel, frozen=True):
     extra: dict[str, Any]
 
 
-def folder_of(step: int, generation: int) -> str:
-    """Key prefix of a checkpoint, relative to the run's root (layout.RunLayout.checkpoint)."""
-    return f"{_FOLDER}/step-{step:08d}-gen-{generation:05d}"
-
-
 class _StoreWriter(HuggingFaceStorageWriter):
     """Writes this rank's slices to a local file, uploads it, and on the coordinator ends with the manifest."""
 
@@ -84,7 +78,7 @@ class _StoreWriter(HuggingFaceStorageWriter):
 
     def _upload(self, name: str) -> FileRecord:
         path = self._staging / name
-        folder = folder_of(self._manifest.step, self._manifest.generation)
+        folder = checkpoint_key(self._manifest.step, self._manifest.generation)
         self._store.put(f"{folder}/{name}", path)
         record = FileRecord(name=name, size=path.stat().st_size, sha256=sha256_of(path))
         path.unlink()
@@ -94,7 +88,7 @@ class _StoreWriter(HuggingFaceStorageWriter):
         records = {result.storage_data.name: result.storage_data for rank in results for result in rank}
         manifest = self._manifest.model_copy(update={"files": [records[name] for name in sorted(records)]})
         faults.reach("manifest", manifest.step)
-        key = f"{folder_of(manifest.step, manifest.generation)}/{MANIFEST}"
+        key = f"{checkpoint_key(manifest.step, manifest.generation)}/{MANIFEST}"
         self._store.put(key, manifest.model_dump_json().encode(), if_none_match=True)
         prune(self._store, self._keep)
 
@@ -158,7 +152,7 @@ class CheckpointWriter:
             self.num_failures += 1
             return error
         self.num_failures = 0
-        uri = f"{self._store.uri}/{folder_of(manifest.step, manifest.generation)}"
+        uri = f"{self._store.uri}/{checkpoint_key(manifest.step, manifest.generation)}"
         self.newest = CheckpointStatus(step=manifest.step, uri=uri, time=manifest.time)
         return None
 
@@ -194,12 +188,12 @@ def _storage_error(error: BaseException | None) -> StorageError | None:
 
 def find_complete(store: ObjectStore) -> list[Manifest]:
     """Complete checkpoints, newest first: a manifest is there and every file has its size."""
-    entries = {entry.key: entry.size for entry in store.list(f"{_FOLDER}/")}
+    entries = {entry.key: entry.size for entry in store.list(f"{CHECKPOINTS}/")}
     places = [(parse_checkpoint(key), key) for key in entries if key.endswith(f"/{MANIFEST}")]
     found = []
     for place, key in sorted(((p, k) for p, k in places if p), reverse=True):
         manifest = Manifest.model_validate_json(read_bytes(store, key))
-        folder = folder_of(*place)
+        folder = checkpoint_key(*place)
         if all(entries.get(f"{folder}/{record.name}") == record.size for record in manifest.files):
             found.append(manifest)
     return found
@@ -222,7 +216,10 @@ def load(store: ObjectStore, manifest: Manifest) -> dict[str, Tensor]:
 
 
 def _download(store: ObjectStore, manifest: Manifest, record: FileRecord, path: Path) -> None:
-    with store.get(f"{folder_of(manifest.step, manifest.generation)}/{record.name}") as stream, path.open("wb") as out:
+    with (
+        store.get(f"{checkpoint_key(manifest.step, manifest.generation)}/{record.name}") as stream,
+        path.open("wb") as out,
+    ):
         shutil.copyfileobj(stream, out, 1 << 20)
     if sha256_of(path) != record.sha256:
         raise StorageError(
@@ -242,10 +239,10 @@ def restore_newest(store: ObjectStore, log: Callable[[str], None]) -> tuple[Mani
 
 def prune(store: ObjectStore, keep: int) -> None:
     """Delete all but the `keep` newest complete checkpoints, and what incomplete ones before them left."""
-    complete = [folder_of(manifest.step, manifest.generation) for manifest in find_complete(store)]
+    complete = [checkpoint_key(manifest.step, manifest.generation) for manifest in find_complete(store)]
     if not complete:
         return
     kept, newest = set(complete[:keep]), complete[0]
-    doomed = [entry.key for entry in store.list(f"{_FOLDER}/") if parse_checkpoint(entry.key)]
+    doomed = [entry.key for entry in store.list(f"{CHECKPOINTS}/") if parse_checkpoint(entry.key)]
     doomed = [key for key in doomed if key.rsplit("/", 1)[0] not in kept and key.rsplit("/", 1)[0] < newest]
     store.delete(sorted(doomed, key=lambda key: not key.endswith(MANIFEST)))  # manifests first: never half complete

@@ -20,9 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qlora_api.layout import MANIFEST, RunLayout
 from qlora_api.run import CONFIG_PATH
+from qlora_trainer.adapter import find_published
 from qlora_trainer.control import WorkerEnv
-from qlora_trainer.errors import BadAdapter
+from qlora_trainer.errors import BadAdapter, TrainerError
 from qlora_trainer.loader import PackedModel, ensure_packed
 from qlora_trainer.quant import Tables, dequantize
 from qlora_trainer.sources import ensure_model
@@ -141,13 +143,17 @@ def main() -> None:
     packed = ensure_packed(config, model.path, env.cache_dir, device_of(env))
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="adapter-") as name:
-        adapter = arguments.adapter or _fetch_adapter(open_output(config, env)[0], Path(name))
+        adapter = arguments.adapter or _fetch_adapter(*open_output(config, env), Path(name))
         merge(packed, adapter, model.path, arguments.out, device_of(env), lambda path: print(path, flush=True))
 
 
-def _fetch_adapter(store: ObjectStore, folder: Path) -> Path:
+def _fetch_adapter(store: ObjectStore, layout: RunLayout, folder: Path) -> Path:
+    published = find_published(store)
+    if published is None:
+        raise TrainerError(f"{layout.root} has no {MANIFEST}: the run has published no adapter; give --adapter")
+    key = published.adapter_uri.removeprefix(layout.uri(""))
     for name in ("adapter_config.json", WEIGHTS):
-        with store.get(f"adapter/{name}") as stream, (folder / name).open("wb") as out:
+        with store.get(f"{key}/{name}") as stream, (folder / name).open("wb") as out:
             shutil.copyfileobj(stream, out)
     return folder
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from qlora_api.layout import merged_key
 from qlora_api.run import CONFIG_PATH, Command, ExitCode, TrainConfig, parse_config
 from qlora_api.status import Artifacts
 from qlora_trainer import adapter, faults
@@ -284,7 +285,7 @@ def _write_and_upload(session: Session, position: Position, reporter: Reporter) 
         adapter.write_report(config, position.history, metrics, provenance, folder)
         faults.reach("upload", position.step)
         if config.spec.output.merge:
-            merge_to_store(model.packed, folder, session.model_dir, session.store, "merged")
+            merge_to_store(model.packed, folder, session.model_dir, session.store, merged_key(session.env.generation))
         return adapter.publish(
             session.store, session.layout, folder, session.env.generation, metrics, provenance, fence
         )
