@@ -53,7 +53,7 @@ def up(cluster: Cluster, options: Options) -> None:
             wanted = list(range(1, options.nodes + 1))
             for number in wanted:
                 node.ensure(cluster, number, outer, options.for_node())
-            node.wait_ready(cluster, wanted, options.gpus)
+            node.wait_ready(cluster, wanted, outer, options.for_node())
     say(f"export KUBECONFIG={cluster.kubeconfig}")
 
 
@@ -84,7 +84,7 @@ def start_node(cluster: Cluster, number: int, fresh: bool) -> None:
         if fresh and namespaces.find(cluster.node_dir(number)) is None:
             node.wipe(cluster, number)
         node.ensure(cluster, number, outer, saved_options(cluster).for_node())
-        node.wait_ready(cluster, [number], saved_options(cluster).gpus)
+        node.wait_ready(cluster, [number], outer, saved_options(cluster).for_node())
 
 
 def restart_node(cluster: Cluster, number: int) -> None:
@@ -93,7 +93,7 @@ def restart_node(cluster: Cluster, number: int) -> None:
         outer = outer_pid(cluster)
         node.kill(cluster, number, outer, silent=False)
         node.ensure(cluster, number, outer, saved_options(cluster).for_node())
-        node.wait_ready(cluster, [number], saved_options(cluster).gpus)
+        node.wait_ready(cluster, [number], outer, saved_options(cluster).for_node())
 
 
 def start_registry(cluster: Cluster) -> str:

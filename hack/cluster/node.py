@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ _PRIVATE = ("/var/lib/containerd", "/var/lib/kubelet", "/var/lib/cni", "/var/log
 _CNI = "/etc/cni/net.d"
 # for the control plane, builds and tests beside the nodes
 _RESERVED_GIB = 7
+_RESTART_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,22 @@ def ensure(cluster: Cluster, node: int, outer: int, options: NodeOptions) -> Non
             raise
 
 
-def wait_ready(cluster: Cluster, nodes: list[int], gpus: int) -> None:
-    """Waits until each node is Ready and, where it has any, offers GPUs."""
+def wait_ready(cluster: Cluster, nodes: list[int], outer: int, options: NodeOptions) -> None:
+    """Waits until each node is Ready and, where it has any, offers GPUs.
+
+    A kubelet that asked containerd before that had read its images ends; like an init system this starts it again.
+    """
+    looked = time.monotonic()
 
     def are_ready() -> bool:
+        nonlocal looked
         ready = ready_nodes(cluster)
-        return all(f"node{node}" in ready and (ready[f"node{node}"] or not gpus) for node in nodes)
+        late = [n for n in nodes if f"node{n}" not in ready or (options.gpus and not ready[f"node{n}"])]
+        if late and time.monotonic() > looked + _RESTART_SECONDS:
+            for number in late:
+                ensure(cluster, number, outer, options)
+            looked = time.monotonic()
+        return not late
 
     with step("nodes Ready"):
         wait_for("Ready nodes", are_ready, 120, poll=0.3)
