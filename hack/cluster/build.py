@@ -81,22 +81,25 @@ def path_variable() -> str:
 
 def binaries(*names: str) -> None:
     """Builds the named programs that the cache lacks; a second caller waits rather than building them again."""
+    lacking = {name for name in names if not program(name).exists()}
     for module, (ldflags, programs) in MODULES.items():
-        for name in (name for name in programs if name in names and not program(name).exists()):
-            with locked("build"), step(f"building {name}"):
-                if not program(name).exists():
-                    go_build(HERE / "tools" / module, ldflags, programs[name], program(name))
-    if all(program(name).exists() for name in (*EVERYTHING, "helm")):
-        shutil.rmtree(_GO_CACHE, ignore_errors=True)
+        for name in (name for name in programs if name in lacking):
+            with step(f"building {name}"):
+                go_build(HERE / "tools" / module, ldflags, programs[name], program(name))
+    if lacking and all(program(name).exists() for name in (*EVERYTHING, "helm")):
+        with locked("build"):  # not from under another's build
+            shutil.rmtree(_GO_CACHE, ignore_errors=True)
 
 
 def go_build(module: Path, ldflags: str, package: str, target: Path) -> None:
-    """Builds one static program of the Go module in this folder."""
+    """Builds one static program of the Go module in this folder, after another's build; what is there stays."""
     target.parent.mkdir(parents=True, exist_ok=True)
     # -mod=readonly: go.sum is the pin, a build must not move it
     environment = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly -modcacherw -trimpath"}
     environment |= {"GOCACHE": str(_GO_CACHE / "build"), "GOMODCACHE": str(_GO_CACHE / "modules")}
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    with locked("build"), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        if target.exists():
+            return
         built = Path(scratch) / target.name
         command = [str(_go()), "build", "-ldflags", ldflags, "-o", str(built), package]
         subprocess.run(command, cwd=module, env=environment, check=True)
