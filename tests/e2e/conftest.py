@@ -20,6 +20,20 @@ NAMESPACE = "qlora-e2e"
 BLOCKED_SECONDS = 20  # until a run that cannot start fails; the default is 300
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the marker known."""
+    config.addinivalue_line("markers", "local: kills or cuts nodes of the local cluster; not chosen by CLUSTER=current")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the local cluster's tests out where another is asked for; pytest counts them as deselected."""
+    if os.environ.get("CLUSTER", "local") == "local":
+        return
+    left_out = [item for item in items if item.get_closest_marker("local")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session")
 def store() -> upload.Store:
     """The object store, with model and data in the examples' bucket."""
@@ -47,7 +61,7 @@ def apply(kubectl: Kubectl) -> Iterator[Any]:
     applied: list[Applied] = []
 
     def apply_it(what: str | Manifest) -> Applied:
-        manifest: Manifest = yaml.safe_load((EXAMPLES / what).read_text()) if isinstance(what, str) else what
+        manifest: Manifest = yaml.safe_load(upload.example(EXAMPLES / what)) if isinstance(what, str) else what
         answer = kubectl.apply(manifest)
         assert answer.returncode == 0, answer.stderr
         name = manifest["metadata"]["name"]

@@ -45,6 +45,7 @@ def test_minimal(apply: Any, store: upload.Store) -> None:
     run.without_pods()
 
 
+@pytest.mark.local
 def test_elastic_goes_on_when_a_node_is_killed_and_takes_it_back(apply: Any, store: upload.Store) -> None:
     run: Applied = apply("elastic.yaml")
     before = run.until("two nodes training", lambda run: watch.active(run) == 2 and watch.step(run) >= 4)

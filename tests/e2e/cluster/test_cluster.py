@@ -1,145 +1,21 @@
-"""The local cluster itself: what pods, Services, S3, tokens and dying nodes do on it.
-
-Uses the running cluster of CLUSTER_NAME (`make cluster-up`); these tests kill and cut one of its nodes.
-"""
+"""The local cluster itself: what pods, Services, S3, tokens and dying nodes do on it."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-import os
-import subprocess
-import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import boto3
 import botocore.exceptions
 import pytest
 from hack.cluster import lifecycle, namespaces, node, s3
-from hack.cluster.settings import DEFAULT_NAME, PROJECT, Cluster, load
+from hack.cluster.settings import PROJECT, Cluster
+from tests.e2e.cluster.support import NAMESPACE, Kubectl, eventually, pod
 
-NAMESPACE = "cluster-test"
-SERVER = "import http.server as h; h.ThreadingHTTPServer(('', 8000), h.SimpleHTTPRequestHandler).serve_forever()"
-
-
-def eventually(what: str, check: Callable[[], Any], timeout: float = 90) -> Any:
-    """The first true value of `check`; fails with `what` when there is none in time."""
-    deadline = time.monotonic() + timeout
-    while not (value := check()):
-        if time.monotonic() > deadline:
-            pytest.fail(f"{what}: not within {timeout:.0f} s")
-        time.sleep(0.5)
-    return value
-
-
-@pytest.fixture(scope="session")
-def cluster(request: pytest.FixtureRequest) -> Cluster:
-    if os.environ.get("CLUSTER", "local") != "local":
-        pytest.skip("these are tests of the local cluster, and CLUSTER=current asks for another")
-    found = load(os.environ.get("CLUSTER_NAME", DEFAULT_NAME))
-    if namespaces.find(found.dir) is None:
-        pytest.fail(f"cluster {found.name} doesn't run: make cluster-up")
-    return found
-
-
-class Kubectl:
-    def __init__(self, cluster: Cluster) -> None:
-        self.prefix = [sys.executable, "-m", "hack.cluster", "--name", cluster.name, "kubectl", "-n", NAMESPACE]
-
-    def __call__(self, *words: str, stdin: str | None = None) -> str:
-        done = subprocess.run([*self.prefix, *words], check=False, input=stdin, capture_output=True, text=True)
-        assert done.returncode == 0, f"kubectl {' '.join(words)}: {done.stderr}"
-        return done.stdout
-
-    def create(self, *objects: dict[str, Any]) -> None:
-        self("create", "-f", "-", stdin="\n---\n".join(json.dumps(item) for item in objects))
-
-    def get(self, kind: str, name: str) -> dict[str, Any]:
-        return json.loads(self("get", kind, name, "-o", "json"))
-
-    def python(self, pod: str, code: str) -> str:
-        return self("exec", pod, "--", "python", "-c", code).strip()
-
-    def attempt(self, pod: str, code: str) -> str | None:
-        try:
-            return self.python(pod, code)
-        except AssertionError:
-            return None
-
-    def ready(self, pod: str) -> bool:
-        conditions = self.get("pod", pod)["status"].get("conditions", [])
-        return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
-
-
-@pytest.fixture(scope="session")
-def kubectl(cluster: Cluster) -> Iterator[Kubectl]:
-    run = Kubectl(cluster)
-    run("delete", "namespace", NAMESPACE, "--ignore-not-found")
-    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    run.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": labels}})
-    eventually("default service account", lambda: "default" in run("get", "serviceaccounts"))
-    yield run
-    run("delete", "namespace", NAMESPACE, "--wait=false")
-
-
-@pytest.fixture(scope="session")
-def image(cluster: Cluster) -> str:
-    """The operator's image: it has a Python, and it came to the nodes the way every image does."""
-    command = [sys.executable, "-m", "hack.cluster", "--name", cluster.name, "images", "--only", "operator"]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["operator"]
-
-
-def pod(name: str, image: str, on: int, gpus: int = 1, **spec: Any) -> dict[str, Any]:
-    container = {
-        "name": "main",
-        "image": image,
-        "command": ["python", "-c", SERVER],
-        "readinessProbe": {"tcpSocket": {"port": 8000}, "periodSeconds": 1},
-        "resources": {"limits": {"memory": "64Mi", "cpu": "100m"} | ({"nvidia.com/gpu": gpus} if gpus else {})},
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
-    }
-    container["volumeMounts"] = [
-        {"name": item["name"], "mountPath": "/" + item["name"]} for item in spec.get("volumes", [])
-    ]
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": name, "labels": {"app": name}},
-        "spec": {
-            "nodeSelector": {"kubernetes.io/hostname": f"node{on}"},
-            "terminationGracePeriodSeconds": 1,
-            "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
-            "containers": [container],
-            **spec,
-        },
-    }
-
-
-@pytest.fixture(scope="session")
-def pods(cluster: Cluster, kubectl: Kubectl, image: str) -> list[str]:
-    """A web server with a GPU on every node, each behind a Service of its name."""
-    nodes = [number for number in cluster.known_nodes() if namespaces.find(cluster.node_dir(number))]
-    token = {"serviceAccountToken": {"path": "token", "audience": "test-audience", "expirationSeconds": 600}}
-    volumes = [{"name": "tokens", "projected": {"sources": [token]}}]
-    for number in nodes:
-        name = f"web{number}"
-        service = {"selector": {"app": name}, "ports": [{"port": 80, "targetPort": 8000}]}
-        kubectl.create(
-            pod(name, image, number, volumes=volumes),
-            {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": service},
-        )
-    names = [f"web{number}" for number in nodes]
-    for name in names:
-        eventually(f"pod {name} Ready", lambda name=name: kubectl.ready(name))
-    return names
+pytestmark = pytest.mark.local
 
 
 def test_a_pod_gets_a_gpu_of_its_own(kubectl: Kubectl, pods: list[str]) -> None:
@@ -273,4 +149,5 @@ def test_a_cut_node_is_given_up_and_heals(cluster: Cluster, pods: list[str]) -> 
         assert namespaces.find(cluster.node_dir(number)) is not None
     finally:
         node.cut(cluster, number, lifecycle.outer_pid(cluster), "up")
-    node.wait_ready(cluster, [number], lifecycle.saved_options(cluster).gpus)
+    options = lifecycle.saved_options(cluster).for_node()
+    node.wait_ready(cluster, [number], lifecycle.outer_pid(cluster), options)
