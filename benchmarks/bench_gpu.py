@@ -181,7 +181,7 @@ def run_all(bench: Bench, references: bool, large: bool) -> None:
 
 
 def figures(results: dict[str, dict[str, Any]]) -> list[Figure]:
-    """The rows of issue 4's table that were measured."""
+    """The table's rows that were measured."""
     rows: list[Figure] = []
 
     def add(name: str, of: str, key: str, unit: str, reference: str = "", scale: float = 1.0) -> None:

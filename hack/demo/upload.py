@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 EXAMPLES_BUCKET = "qlora-demo"  # as the examples name it
 BUCKET = os.environ.get("QLORA_BUCKET") or EXAMPLES_BUCKET
 MODEL_PREFIX = "models/smollm2-135m-instruct"
-RUNS_PREFIX = "runs"
 SECRET = "qlora-s3"
 NUM_SMALL = 120
 LARGE = 1 << 20

@@ -28,6 +28,7 @@ Reviewer = Callable[[str], Awaitable[PodIdentity | None]]
 _TRUSTED_SECONDS, _REFUSED_SECONDS, _STALE_SECONDS = 30.0, 2.0, 600.0
 _MAX_REPORT_BYTES = 64 * 1024
 _CACHED_TOKENS = 10_000
+_GONE_SECONDS = 3600.0  # a deleted run's pods are long gone then
 
 
 class Coordinator:
@@ -36,7 +37,7 @@ class Coordinator:
     def __init__(self, settings: Settings, review: Reviewer, wake: Callable[[Key], None]) -> None:
         self._settings, self._review, self._wake = settings, review, wake
         self._tables: dict[Key, RunTable] = {}
-        self._gone: set[Key] = set()
+        self._gone: dict[Key, float] = {}  # since when
         self._news: dict[Key, asyncio.Event] = {}
         self._tokens: dict[bytes, tuple[float, PodIdentity | None]] = {}
         self._clock = AttentiveClock()
@@ -52,7 +53,7 @@ class Coordinator:
     def publish(self, key: Key, answer: Membership, pod_uids: Iterable[str]) -> None:
         """Tell the run's agents; `pod_uids` are the pods that exist."""
         table = self._table(key)
-        self._gone.discard(key)
+        self._gone.pop(key, None)
         table.keep(pod_uids, self._clock.now())
         if table.publish(answer, self._clock.now()):
             self._announce(key)
@@ -60,7 +61,8 @@ class Coordinator:
     def forget(self, key: Key) -> None:
         """The run is gone: whoever still asks is told to stop."""
         self._tables.pop(key, None)
-        self._gone.add(key)
+        now = self._clock.now()
+        self._gone = {gone: since for gone, since in self._gone.items() if now - since < _GONE_SECONDS} | {key: now}
         self._announce(key)
 
     def tables(self) -> dict[Key, RunTable]:

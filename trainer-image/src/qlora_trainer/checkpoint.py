@@ -9,7 +9,7 @@ The key carries the generation and the manifest is written with If-None-Match: w
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -225,16 +225,6 @@ def _download(store: ObjectStore, manifest: Manifest, record: FileRecord, path: 
         raise StorageError(
             f"{store.uri}: {record.name} of step {manifest.step} differs from its manifest: it is damaged"
         )
-
-
-def restore_newest(store: ObjectStore, log: Callable[[str], None]) -> tuple[Manifest, dict[str, Tensor]] | None:
-    """The newest checkpoint that can be loaded intact; damaged ones are passed over and told to `log`."""
-    for manifest in find_complete(store):
-        try:
-            return manifest, load(store, manifest)
-        except (StorageError, FileNotFoundError) as error:
-            log(f"checkpoint of step {manifest.step} passed over: {error}")
-    return None
 
 
 def prune(store: ObjectStore, keep: int) -> None:
