@@ -36,10 +36,14 @@ class MortalKube:
     async def request(self, method: str, path: str, **arguments: Any) -> Json:
         if self.died.is_set():
             await asyncio.Event().wait()
+        counts = method != "GET" and not path.endswith(NO_OBJECTS)
         try:
             return await self._kube.request(method, path, **arguments)
+        except asyncio.CancelledError:
+            counts = False  # the history is over, and to wait here would outlive its end
+            raise
         finally:
-            if method != "GET" and not path.endswith(NO_OBJECTS):
+            if counts:
                 self.writes.append(f"{method} {path}")
                 if self._left is not None and len(self.writes) >= self._left:
                     self.died.set()
