@@ -151,7 +151,7 @@ async def _until_pods_are_left(kube: Kube, world: World, names: set[str]) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # some thirty whole histories
+@pytest.mark.timeout(900)  # some thirty whole histories
 async def test_the_operator_may_die_after_any_of_its_writes(kubectl: Kubectl, tmp_path: Path) -> None:
     assert kubectl.kubeconfig is not None
     make_certificate(tmp_path)
