@@ -1,7 +1,7 @@
 """The memory plan: how a run's base is placed on the GPUs at hand, its micro batch, and what is recomputed.
 
 Pure: a function of the spec, the model's config.json and the size of a GPU; the trainer follows it. The bytes are
-counted in footprint.py. Order of preference: docs/decisions/0007-order-of-the-memory-plan.md.
+counted in footprint.py. Order of preference: docs/decisions/0006-order-of-the-memory-plan.md.
 """
 
 from collections.abc import Mapping
