@@ -222,6 +222,8 @@ def _kubelet(cluster: Cluster, node: int, options: NodeOptions) -> dict[str, obj
             "nodefs.inodesFree": "1%",
         },
         "imageGCHighThresholdPercent": 100,  # the images were put there by hand: nothing could pull them again
+        # one that was also pulled from a registry would have to be pulled again under the name that was put there
+        "imagePullCredentialsVerificationPolicy": "NeverVerify",
         "clusterDNS": [cluster.dns_service],
         "clusterDomain": "cluster.local",
         "resolvConf": str(cluster.node_dir(node) / "resolv.conf"),
