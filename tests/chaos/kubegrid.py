@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from hack.cluster.settings import Cluster, load
@@ -105,7 +106,8 @@ def prepare(folder: Path) -> tuple[Kubectl, upload.Store]:
     store = upload.Store.find()
     tiny.make_sources(folder)
     client = store.client()
-    client.create_bucket(Bucket=BUCKET)
+    with suppress(client.exceptions.BucketAlreadyOwnedByYou):  # of an earlier grid on this cluster
+        client.create_bucket(Bucket=BUCKET)
     for path in (*(folder / "model").iterdir(), folder / "train.jsonl"):
         client.upload_file(str(path), BUCKET, str(path.relative_to(folder)))
     kubectl.must("delete", "namespace", NAMESPACE, "--ignore-not-found", "--timeout=120s")
