@@ -16,7 +16,7 @@ from tests.chaos.cells import Cell
 from tests.chaos.driver import Driver
 from tests.chaos.faultplan import FILE_NAME, FaultPlan
 from tests.chaos.local import LocalCluster
-from tests.chaos.report import Report
+from tests.chaos.report import Report, carry_out
 from tests.chaos.verify import Steps, compare, read_steps
 from tests.chaos.zygote import start_zygote
 
@@ -102,7 +102,4 @@ def run(cells: list[Cell], report: Report) -> None:
     start_zygote()
     with tempfile.TemporaryDirectory(prefix="chaos-", dir="/dev/shm") as name:
         grid = Grid(Path(name), STEPS_PER_CELL * min(len(cells), CELLS_PER_RUN))
-        left = list(cells)
-        while left:
-            group, left = left[:CELLS_PER_RUN], left[CELLS_PER_RUN:]
-            left = grid.strike(group, report) + left
+        carry_out(cells, CELLS_PER_RUN, lambda group: grid.strike(group, report))

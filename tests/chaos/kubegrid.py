@@ -19,8 +19,9 @@ from tests.chaos.cells import MAX_NODES, Cell
 from tests.chaos.driver import CHECKPOINT_STEPS, Driver
 from tests.chaos.faultplan import FILE_NAME, FaultPlan
 from tests.chaos.kube import KubeCluster
-from tests.chaos.report import Report
+from tests.chaos.report import Report, carry_out
 from tests.chaos.verify import Steps, compare
+from tests.e2e.support import fresh_namespace
 
 from qlora_api.run import RUN_DIR
 
@@ -110,10 +111,7 @@ def prepare(folder: Path) -> tuple[Kubectl, upload.Store]:
         client.create_bucket(Bucket=BUCKET)
     for path in (*(folder / "model").iterdir(), folder / "train.jsonl"):
         client.upload_file(str(path), BUCKET, str(path.relative_to(folder)))
-    kubectl.must("delete", "namespace", NAMESPACE, "--ignore-not-found", "--timeout=120s")
-    kubectl.must("create", "namespace", NAMESPACE)
-    upload.give_access(kubectl, store)
-    return kubectl, store
+    return fresh_namespace(kubectl, store), store
 
 
 def _download(store: upload.Store, prefix: str, folder: Path) -> None:
@@ -131,7 +129,4 @@ def run(cells: list[Cell], report: Report) -> None:
         kubectl, store = prepare(Path(name))
         num_steps = STEPS_PER_CELL * min(len(cells), CELLS_PER_RUN)
         grid = KubeGrid(Path(name), kubectl, load(NAME), store, num_steps)
-        left = list(cells)
-        while left:
-            group, left = left[:CELLS_PER_RUN], left[CELLS_PER_RUN:]
-            left = grid.strike(group, report) + left
+        carry_out(cells, CELLS_PER_RUN, lambda group: grid.strike(group, report))

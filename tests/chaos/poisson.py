@@ -8,7 +8,6 @@ first fault) that was left. Ends with one line of JSON.
 import argparse
 import json
 import random
-import statistics
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from tests.chaos.driver import Driver
 from tests.chaos.faultplan import FaultPlan
 from tests.chaos.kube import KubeCluster
 from tests.chaos.kubegrid import NAME, make_manifest, prepare
+from tests.chaos.report import recovery
 
 CALM_SECONDS = 45.0  # to learn the undisturbed speed
 BACK_SECONDS = 10.0
@@ -62,7 +62,6 @@ def measure(run: KubeCluster, minutes: float, mean: float, seed: int) -> dict[st
     number = strike_for(run, minutes * 60, mean, random.Random(seed))
     run.restore(())
     seconds, steps = time.monotonic() - begin, run.timeline.newest_step() - step
-    times = sorted(run.timeline.recoveries())
     return {
         "mean_seconds": mean,
         "minutes": round(seconds / 60, 1),
@@ -70,8 +69,7 @@ def measure(run: KubeCluster, minutes: float, mean: float, seed: int) -> dict[st
         "steps": steps,
         "goodput": round(steps / seconds / speed, 3),
         "steps_lost": run.timeline.steps_lost(),
-        "recovery_p50_seconds": round(statistics.median(times), 2) if times else None,
-        "recovery_p99_seconds": round(times[min(len(times) - 1, int(len(times) * 0.99))], 2) if times else None,
+        **recovery(run.timeline.recoveries()),
         "state": str(run.status.state),
         "seed": seed,
     }

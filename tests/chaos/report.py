@@ -2,6 +2,7 @@
 
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tests.chaos.cells import Cell
@@ -38,7 +39,7 @@ class Report:
 
     def line(self, seed: int, seconds: float) -> dict[str, object]:
         """The last line of a grid."""
-        times = sorted(o.seconds for o in self.outcomes if o.seconds is not None)
+        times = [o.seconds for o in self.outcomes if o.seconds is not None]
         lost = [o.steps_lost for o in self.outcomes if not o.cell.lag_allowed]
         return {
             "cells": len(self.outcomes),
@@ -48,8 +49,7 @@ class Report:
             "wrong_samples": sum(c.wrong_samples for c in self.comparisons),
             "half_written": sum(c.half_written for c in self.comparisons),
             "adapters_differing": sum(c.adapter_distance > TOLERANCE for c in self.comparisons),
-            "recovery_p50_seconds": round(statistics.median(times), 2) if times else None,
-            "recovery_p99_seconds": round(_percentile(times, 0.99), 2) if times else None,
+            **recovery(times),
             **self._growth(),
             "seed": seed,
             "seconds": round(seconds),
@@ -88,5 +88,18 @@ class Report:
         return bool(self.outcomes) and not self.failed and lost and same and close
 
 
-def _percentile(ordered: list[float], share: float) -> float:
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+def recovery(times: list[float]) -> dict[str, float | None]:
+    """Middle and 99th percentile of seconds, as the last lines name them."""
+    ordered = sorted(times)
+    return {
+        "recovery_p50_seconds": round(statistics.median(ordered), 2) if ordered else None,
+        "recovery_p99_seconds": round(ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))], 2) if ordered else None,
+    }
+
+
+def carry_out(cells: list[Cell], cells_per_run: int, strike: Callable[[list[Cell]], list[Cell]]) -> None:
+    """All cells, run after run; `strike` is one run and returns the cells that it had no time for."""
+    left = list(cells)
+    while left:
+        group, left = left[:cells_per_run], left[cells_per_run:]
+        left = strike(group) + left

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import os
 import statistics
 import threading
 import time
@@ -40,8 +39,7 @@ class Timeline:
         stat = path.stat()
         key = (stat.st_dev, stat.st_ino)
         if key not in self._traces:
-            file = path.open()
-            self._traces[(os.fstat(file.fileno()).st_dev, os.fstat(file.fileno()).st_ino)] = file
+            self._traces[key] = path.open()
 
     def members(self, generation: int, number: int) -> None:
         """What the status says."""

@@ -153,9 +153,12 @@ def _is_target(name: str, targets: list[str]) -> bool:
 
 def _bytes_per_trainable(spec: QLoRAFinetuneSpec) -> int:
     """Master, gradient, working copy, two moments; under early stopping the best evaluation's master."""
-    best = 4 if spec.training.early_stopping_patience else 0
     work = 0 if spec.quantization.compute_dtype == "float32" else 2
-    return 4 + 4 + best + work + (8 if spec.training.optimizer == "adamw" else 2)
+    return 4 + 4 + _best_bytes(spec) + work + (8 if spec.training.optimizer == "adamw" else 2)
+
+
+def _best_bytes(spec: QLoRAFinetuneSpec) -> int:
+    return 4 if spec.training.early_stopping_patience else 0
 
 
 def activation_bytes(spec: QLoRAFinetuneSpec, shapes: Shapes, tokens: int) -> int:
@@ -186,8 +189,7 @@ def _backward_bytes(spec: QLoRAFinetuneSpec, shapes: Shapes, tokens: int, recomp
 
 def host_items(spec: QLoRAFinetuneSpec, shapes: Shapes, base: Placement) -> dict[str, int]:
     """Bytes of host memory a rank: the worker, two snapshot slots of the trainable state, an offloaded base."""
-    best = 4 if spec.training.early_stopping_patience else 0
-    state = adapter_numel(spec, shapes) * (best + (12 if spec.training.optimizer == "adamw" else 6))
+    state = adapter_numel(spec, shapes) * (_best_bytes(spec) + (12 if spec.training.optimizer == "adamw" else 6))
     layer = layer_bytes(spec, shapes)
     offloaded = shapes.num_layers * -(-layer // base.world_size) if base.offload else 0
     return {"worker": HOST_FIXED, "snapshots": 2 * state, "base": offloaded, "loading": layer}

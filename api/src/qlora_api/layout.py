@@ -34,6 +34,10 @@ class RunLayout:
         """Of a key below the run's root."""
         return f"{self.root}/{key}"
 
+    def key(self, uri: str) -> str:
+        """The key below the run's root that a URI of it names."""
+        return uri.removeprefix(self.uri(""))
+
 
 def checkpoint_key(step: int, generation: int) -> str:
     """Folder of the checkpoint of `step` as saved by `generation`."""

@@ -23,13 +23,13 @@ from qlora_api.status import Artifacts
 from qlora_trainer import faults
 from qlora_trainer.checkpoint import FileRecord
 from qlora_trainer.errors import BadAdapter
+from qlora_trainer.lora import PEFT_PREFIX
 from qlora_trainer.report import History, loss_picture, model_card
 from qlora_trainer.skeleton import build_skeleton
 from qlora_trainer.sources import sha256_of
 from qlora_trainer.storage import ObjectStore, read_bytes
 
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _VERSIONS = ("qlora-trainer", "torch", "transformers", "peft", "bitsandbytes", "trl")
 
 
@@ -54,7 +54,7 @@ def lora_config(config: TrainConfig, state: Mapping[str, Tensor], linears: list[
     from peft import LoraConfig
 
     lora, model = config.spec.lora, config.spec.model
-    trained = {name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for name in state}
+    trained = {name.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0] for name in state}
     leaves = {path.rsplit(".", 1)[-1] for path in trained}
     exact = {path for path in linears if path.rsplit(".", 1)[-1] in leaves} == trained
     return LoraConfig(
@@ -203,7 +203,7 @@ def publish(
 
 def _drop_unpublished(store: ObjectStore, layout: RunLayout, published: Artifacts) -> None:
     """Delete what other generations uploaded."""
-    kept = tuple(uri.removeprefix(layout.uri("")) + "/" for uri in (published.adapter_uri, published.merged_uri) if uri)
+    kept = tuple(layout.key(uri) + "/" for uri in (published.adapter_uri, published.merged_uri) if uri)
     found = (entry.key for folder in (ADAPTERS, MERGED) for entry in store.list(f"{folder}/"))
     store.delete([key for key in found if not key.startswith(kept)])
 

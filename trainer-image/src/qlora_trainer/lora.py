@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qlora_trainer.ops import GroupSpec, linear, register, weight_of
 from qlora_trainer.quant import Tables
 
+PEFT_PREFIX = "base_model.model."  # of every module's path in PEFT's names
 NUM_EXTRA = 8  # numbers behind the gradients that a step all-reduces with them (loss, flags)
 
 
@@ -166,7 +167,7 @@ class Adapter:
     def _name(self, group: Group, a: Tensor, a_grad: Tensor, b: Tensor, b_grad: Tensor) -> None:
         names = [name for name, adapted in zip(group.plan.names, group.plan.spec.adapted, strict=True) if adapted]
         for name, part in zip(names, group.plan.spec.parts(), strict=True):
-            path = f"base_model.model.{group.plan.path}.{name}"
+            path = f"{PEFT_PREFIX}{group.plan.path}.{name}"
             rows, k = part.b_rows, part.xa
             if self.freeze_a:
                 self.frozen[f"{path}.lora_A.weight"] = a[k]

@@ -22,17 +22,16 @@ from torch import Tensor
 
 from qlora_api.layout import MANIFEST, RunLayout
 from qlora_api.run import CONFIG_PATH
-from qlora_trainer.adapter import find_published
+from qlora_trainer.adapter import WEIGHTS, find_published
 from qlora_trainer.control import WorkerEnv
 from qlora_trainer.errors import BadAdapter, TrainerError
 from qlora_trainer.loader import PackedModel, ensure_packed
+from qlora_trainer.lora import PEFT_PREFIX
 from qlora_trainer.quant import Tables, dequantize
 from qlora_trainer.sources import ensure_model
 from qlora_trainer.storage import ObjectStore
 
-WEIGHTS = "adapter_model.safetensors"
 INDEX = "model.safetensors.index.json"
-_PREFIX = "base_model.model."
 Done = Callable[[Path], None]
 
 
@@ -57,7 +56,7 @@ class Delta:
 
     def apply(self, weight: Tensor, path: str) -> Tensor:
         """The merged weight (float32) of the linear at `path`; the weight itself when it has no adapter."""
-        name = f"{_PREFIX}{path}"
+        name = f"{PEFT_PREFIX}{path}"
         with safe_open(self.folder / WEIGHTS, "pt", device=str(weight.device)) as file:
             names = set(file.keys())
             if f"{name}.lora_A.weight" not in names:
@@ -151,7 +150,7 @@ def _fetch_adapter(store: ObjectStore, layout: RunLayout, folder: Path) -> Path:
     published = find_published(store)
     if published is None:
         raise TrainerError(f"{layout.root} has no {MANIFEST}: the run has published no adapter; give --adapter")
-    key = published.adapter_uri.removeprefix(layout.uri(""))
+    key = layout.key(published.adapter_uri)
     for name in ("adapter_config.json", WEIGHTS):
         with store.get(f"{key}/{name}") as stream, (folder / name).open("wb") as out:
             shutil.copyfileobj(stream, out)
