@@ -53,6 +53,10 @@ class Reason(StrEnum):
     SUSPENDED = "Suspended"
     RESUMED = "Resumed"
     MEMBERS_CHANGED = "MembersChanged"
+    NODE_AVOIDED = "NodeAvoided"
+    NODE_FORGIVEN = "NodeForgiven"
+    STRAGGLER = "Straggler"
+    STRAGGLER_RECOVERED = "StragglerRecovered"
     # disruptions: free
     NODE_LOST = "NodeLost"
     POD_LOST = "PodLost"

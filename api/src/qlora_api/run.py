@@ -114,6 +114,7 @@ def parse_config(text: str) -> TrainConfig:
     return TrainConfig.model_validate_json(text)
 
 
+METRIC_STEP_WORK = "step_work_seconds"  # in Report.metrics: by it the operator tells stragglers
 CONFIG_PATH = "/etc/qlora/config/config.json"
 CA_PATH = "/etc/qlora/config/ca.crt"
 TOKEN_PATH = "/var/run/secrets/qlora/token"

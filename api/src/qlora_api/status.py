@@ -101,6 +101,16 @@ class LastFailure(ApiModel):
     log_tail: str = Field("", max_length=4096, description="The last lines that it printed.")
 
 
+class Straggler(ApiModel):
+    """A pod that all others wait for in every step."""
+
+    pod_name: str = Field(description="The slow pod.")
+    node_name: str = Field("", description="Node that it runs on.")
+    ratio: Measure = Field(description="How often its part of a step takes the median of the others' parts.")
+    work_seconds: Measure = Field(description="Median seconds that it works for a step, before it waits for others.")
+    since: Time = Field(description="When it was first seen to be slow.")
+
+
 class CheckpointStatus(ApiModel):
     """The newest complete durable checkpoint."""
 
@@ -140,7 +150,9 @@ class QLoRAFinetuneStatus(ApiModel):
     slots: list[Slot] = Field([], description="The run's pod places and how often the pod of each was replaced.")
     restarts: Restarts = Restarts()
     failures: list[FailureRecord] = Field([], max_length=64, description="Failures inside failurePolicy's window.")
-    avoided_nodes: list[str] = Field([], max_length=64, description="Nodes with repeated faults.")
+    avoided_nodes: list[str] = Field([], max_length=64, description="Nodes at fault: new pods avoid them if they can.")
+    avoided_until: dict[str, Time] = Field({}, description="When each avoided node is forgiven if it keeps quiet.")
+    stragglers: list[Straggler] = Field([], description="Pods that hold up the others; told, never acted on.")
     last_failure: LastFailure | None = None
     checkpoint: CheckpointStatus | None = None
     artifacts: Artifacts | None = None

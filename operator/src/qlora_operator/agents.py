@@ -7,13 +7,14 @@ has reported yet: members whose pods are there are presumed alive until they had
 from collections.abc import Iterable
 
 from qlora_api.names import Reason
-from qlora_api.run import AgentState, ExitCode
+from qlora_api.run import METRIC_STEP_WORK, AgentState, ExitCode
 from qlora_api.status import Artifacts, CheckpointStatus, Member, Progress, Slot
 from qlora_operator import exits
 from qlora_operator.exits import Ending
 from qlora_operator.membership import Candidate, View
 from qlora_operator.settings import Settings
 from qlora_operator.state import Agent, Observed, Pod, Refusal, Trouble
+from qlora_operator.stragglers import Part
 
 CANDIDATES = (AgentState.READY, AgentState.RUNNING, AgentState.FAILED, AgentState.FINISHED)
 _SEVERITY = (
@@ -156,6 +157,12 @@ def _heard_members(o: Observed) -> list[Agent]:
     """Agents of members that speak of this generation."""
     generation = o.status.generation
     return [agent for agent in o.agents if is_member(o, agent.pod_uid) and agent.report.generation == generation]
+
+
+def parts(o: Observed) -> tuple[Part, ...]:
+    """What every member of this generation says about its own part of a step, by rank."""
+    told = {agent.pod_uid: agent.report.metrics.get(METRIC_STEP_WORK) for agent in _heard_members(o)}
+    return tuple(Part(member.pod_name, member.node_name, told.get(member.pod_uid)) for member in o.status.members)
 
 
 def newest_progress(o: Observed) -> Progress:

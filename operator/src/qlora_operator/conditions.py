@@ -105,4 +105,34 @@ def events_between(old: QLoRAFinetuneStatus, new: QLoRAFinetuneStatus) -> tuple[
     if new.generation > old.generation:
         names = ", ".join(member.pod_name for member in new.members)
         events.append(Event(Reason.MEMBERS_CHANGED, f"generation {new.generation}: {names}"))
-    return tuple(dict.fromkeys(events))
+    return tuple(dict.fromkeys([*events, *_node_events(old, new), *_straggler_events(old, new)]))
+
+
+def _node_events(old: QLoRAFinetuneStatus, new: QLoRAFinetuneStatus) -> list[Event]:
+    """Nodes that are avoided from now on, and those that are not any more."""
+    events = []
+    for node in new.avoided_nodes:
+        if node not in old.avoided_nodes:
+            until = new.avoided_until[node].strftime("%Y-%m-%d %H:%M UTC")
+            what = f"node {node} was at fault: new pods avoid it until {until} if another has room"
+            events.append(Event(Reason.NODE_AVOIDED, what, "Warning"))
+    forgiven = [node for node in old.avoided_nodes if node not in new.avoided_nodes]
+    return [*events, *(Event(Reason.NODE_FORGIVEN, f"node {node} is no longer avoided") for node in forgiven)]
+
+
+def _straggler_events(old: QLoRAFinetuneStatus, new: QLoRAFinetuneStatus) -> list[Event]:
+    """Who holds up the others from now on, and who no longer does though it is still a member."""
+    known, slow = ({s.pod_name for s in status.stragglers} for status in (old, new))
+    events = []
+    for s in new.stragglers:
+        if s.pod_name not in known:
+            what = f"{s.pod_name} on node {s.node_name} works {s.ratio:.1f} times as long for a step as the others"
+            advice = (
+                "look at its GPU's clocks and temperature (nvidia-smi -q -d PERFORMANCE) and at the node's other load,"
+                " or cordon the node and delete the pod: it starts elsewhere and no step is lost"
+            )
+            events.append(Event(Reason.STRAGGLER, f"{what} ({s.work_seconds:.2g} s) and all wait: {advice}", "Warning"))
+    members = {member.pod_name for member in new.members}
+    quicker = [s.pod_name for s in old.stragglers if s.pod_name not in slow and s.pod_name in members]
+    recovered = quicker if is_true(new, ConditionType.RUNNING) else []
+    return [*events, *(Event(Reason.STRAGGLER_RECOVERED, f"{name} keeps up again") for name in recovered)]

@@ -18,7 +18,7 @@ from datetime import timedelta
 from qlora_api.names import ConditionType, Reason
 from qlora_api.run import AgentState, Command, ExitCode, Membership
 from qlora_api.status import Nodes, QLoRAFinetuneStatus, Slot
-from qlora_operator import agents, conditions, endings, failure, membership, pods, slots
+from qlora_operator import agents, conditions, endings, failure, membership, pods, slots, stragglers
 from qlora_operator.conditions import is_over, is_true, put
 from qlora_operator.endings import RunEnd
 from qlora_operator.exits import Ending
@@ -33,7 +33,7 @@ def decide(observed: Observed, settings: Settings, ca_bundle: str = "") -> Decis
     """What to write, tell and do now. The same observation gives the same decision."""
     if is_over(observed.status):
         return _finish(observed, _wind_down(observed, settings), settings)
-    o = replace(observed, status=_see(observed))
+    o = replace(observed, status=_see(observed, settings))
     if end := endings.find(o, settings):
         decision = _end(o, end, settings)
     elif o.run.spec.suspend:
@@ -43,17 +43,18 @@ def decide(observed: Observed, settings: Settings, ca_bundle: str = "") -> Decis
     return _finish(observed, decision, settings)
 
 
-def _see(o: Observed) -> QLoRAFinetuneStatus:
-    """Status with what is simply seen: the spec's generation, start, resumption, progress, checkpoint."""
+def _see(o: Observed, settings: Settings) -> QLoRAFinetuneStatus:
+    """Status with what is simply seen: the spec's generation, start, resumption, progress, checkpoint, time."""
     progress = agents.newest_progress(o)
     advanced = progress.step > o.status.progress.step
-    status = o.status.model_copy(
+    status = failure.forgive(o.status, o.now, settings.avoid_seconds).model_copy(
         update={
             "observed_generation": o.run.generation,
             "start_time": o.status.start_time or o.now,
             "progress": progress,
             "progress_time": o.now if advanced else o.status.progress_time,
             "checkpoint": agents.newest_checkpoint(o),
+            "stragglers": stragglers.find(o.status.stragglers, agents.parts(o), o.now),
         }
     )
     suspended = conditions.find(status, ConditionType.SUSPENDED)
@@ -67,14 +68,14 @@ def _train(o: Observed, settings: Settings, ca_bundle: str) -> Decision:
     placement = slots.place(o, settings)
     status, events = o.status.model_copy(update={"slots": placement.slots}), list[Event]()
     for group in failure.incidents(placement.endings):
-        status, end, event = _account(o, status, group)
+        status, end, event = _account(o, status, group, settings)
         if end is not None:
             return _end(replace(o, status=status), end, settings)
         events += event
     o = replace(o, status=status)
     plan = membership.plan(agents.view_of(o, placement.slots, settings))
     ends = agents.ends_of_generation(o, placement.slots, settings)
-    judged, end, event = _account(o, status, ends)
+    judged, end, event = _account(o, status, ends, settings)
     if end is not None:
         return _end(replace(o, status=judged), end, settings)
     if plan.phase == Phase.PUBLISHED:
@@ -89,13 +90,13 @@ def _train(o: Observed, settings: Settings, ca_bundle: str) -> Decision:
 
 
 def _account(
-    o: Observed, status: QLoRAFinetuneStatus, ends: tuple[Ending, ...]
+    o: Observed, status: QLoRAFinetuneStatus, ends: tuple[Ending, ...], settings: Settings
 ) -> tuple[QLoRAFinetuneStatus, RunEnd | None, list[Event]]:
     """Judge ends that belong together: the status that remembers them, whether they end the run, what to tell."""
     verdict = failure.judge(ends, status, o.run.spec.failure_policy, o.now)
     if verdict is None or verdict.effect == "Ignore":
         return status, None, []
-    status = failure.record(verdict, status, o.run.spec.failure_policy, o.now)
+    status = failure.record(verdict, status, o.run.spec.failure_policy, o.now, settings.avoid_seconds)
     if verdict.effect == "Fail":
         return status, RunEnd(ConditionType.FAILED, verdict.reason, verdict.message), []
     return status, None, [Event(verdict.reason, verdict.message, "Warning" if verdict.effect == "Count" else "Normal")]
@@ -130,12 +131,18 @@ def _describe(o: Observed, status: QLoRAFinetuneStatus, plan: Plan, settings: Se
         if agents.is_member(o, agent.pod_uid)
     )
     if runs and plan.phase == Phase.STEADY:
-        message = f"training on {len(status.members)} of {policy.max_nodes} nodes{also}"
+        message = f"training on {len(status.members)} of {policy.max_nodes} nodes{_on_avoided(status)}{also}"
         return put(status, ConditionType.RUNNING, True, Reason.TRAINING, message, o.now)
     if is_true(status, ConditionType.RUNNING):
         return status
     message = f"the members are starting{also}"
     return put(status, ConditionType.RUNNING, False, Reason.WARMING_UP, message, o.now)
+
+
+def _on_avoided(status: QLoRAFinetuneStatus) -> str:
+    """Members on nodes at fault: the scheduler found no other room, and a run on a bad node is better than none."""
+    nodes = sorted({member.node_name for member in status.members} & set(status.avoided_nodes))
+    return f"; on {', '.join(nodes)} for want of other nodes, though avoided for faults" if nodes else ""
 
 
 def _waiting_reason(o: Observed, status: QLoRAFinetuneStatus) -> Reason:
@@ -183,7 +190,7 @@ def _suspend(o: Observed, settings: Settings) -> Decision:
         unwanted = slots.superseded(o, status.slots, settings)
         return Decision(status, answer, unwanted, (), min(left, settings.drop_seconds))
     message = "spec.suspend is true; set it to false to go on from the newest checkpoint"
-    nodes = {"nodes": Nodes(), "nodes_summary": "0/0", "slots": slots.release(o)}
+    nodes = {"nodes": Nodes(), "nodes_summary": "0/0", "slots": slots.release(o), "stragglers": []}
     status = status.model_copy(update=nodes)
     status = put(status, ConditionType.RUNNING, False, Reason.SUSPENDED, message, o.now)
     status = put(status, ConditionType.SUSPENDED, True, Reason.SUSPENDED, message, o.now)
@@ -217,7 +224,7 @@ def _wind_down(o: Observed, settings: Settings) -> Decision:
     if ttl is not None and o.status.completion_time is not None:
         requeue = (o.status.completion_time + timedelta(seconds=ttl) - o.now).total_seconds()
         actions = (*actions, DeleteRun(o.run.identity.uid)) if requeue <= 0 else actions
-    status = o.status.model_copy(update={"nodes": Nodes(), "nodes_summary": "0/0"})
+    status = o.status.model_copy(update={"nodes": Nodes(), "nodes_summary": "0/0", "stragglers": []})
     return Decision(status, _answer(status, status.generation, Command.STOP), actions, (), requeue)
 
 

@@ -29,6 +29,7 @@ SAME_STEP_LIMIT = 3
 NODE_FAULT_LIMIT = 2
 INCIDENT_SECONDS = 15.0
 _KEPT_RECORDS = 64
+_AVOIDED_AT_ONCE = (Reason.SILENT, Reason.NODE_LOST, Reason.CORRUPT_BASE)
 
 
 @dataclass(frozen=True)
@@ -160,13 +161,16 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def record(verdict: Verdict, status: QLoRAFinetuneStatus, policy: FailurePolicy, now: datetime) -> QLoRAFinetuneStatus:
-    """The status that remembers the verdict."""
+def record(
+    verdict: Verdict, status: QLoRAFinetuneStatus, policy: FailurePolicy, now: datetime, avoid_seconds: float
+) -> QLoRAFinetuneStatus:
+    """The status that remembers the verdict; its node, if it is to blame, is avoided for `avoid_seconds`."""
+    until = now + timedelta(seconds=avoid_seconds)
     ending, restarts = verdict.ending, status.restarts
     by_reason = {**restarts.by_reason, ending.reason: restarts.by_reason.get(ending.reason, 0) + 1}
     if verdict.effect == "Free":
         more = Restarts(disruptions=restarts.disruptions + 1, failures=restarts.failures, by_reason=by_reason)
-        return status.model_copy(update={"restarts": more, "avoided_nodes": _avoid(status, verdict)})
+        return _avoid(status.model_copy(update={"restarts": more}), verdict, until)
     newest = FailureRecord(time=now, reason=ending.reason, step=ending.step, node_name=ending.node_name)
     records = [*Case(ending, status, policy, now).recent, newest][-_KEPT_RECORDS:]
     counted_status = status.model_copy(
@@ -186,16 +190,28 @@ def record(verdict: Verdict, status: QLoRAFinetuneStatus, policy: FailurePolicy,
             ),
         }
     )
-    return counted_status.model_copy(update={"avoided_nodes": _avoid(counted_status, verdict)})
+    return _avoid(counted_status, verdict, until)
 
 
-def _avoid(status: QLoRAFinetuneStatus, verdict: Verdict) -> list[str]:
-    """Nodes to keep away from if others are free: silent, corrupting, or at fault again and again."""
-    node, avoided = verdict.ending.node_name, status.avoided_nodes
-    if not node or node in avoided:
-        return avoided
+def forgive(status: QLoRAFinetuneStatus, now: datetime, avoid_seconds: float) -> QLoRAFinetuneStatus:
+    """Drop the avoided nodes whose time is over. One without a time (of an older operator) gets a whole one."""
+    whole = now + timedelta(seconds=avoid_seconds)
+    until = {node: status.avoided_until.get(node, whole) for node in status.avoided_nodes}
+    until = {node: moment for node, moment in until.items() if moment > now}
+    return status.model_copy(update={"avoided_nodes": [*until], "avoided_until": until})
+
+
+def _avoid(status: QLoRAFinetuneStatus, verdict: Verdict, until: datetime) -> QLoRAFinetuneStatus:
+    """Nodes to keep away from if others are free: silent, corrupting, or at fault again and again.
+
+    Every further fault of an avoided node starts its time anew.
+    """
+    node, reason = verdict.ending.node_name, verdict.ending.reason
     faults = sum(record.node_name == node for record in status.failures)
-    at_once = (Reason.SILENT, Reason.NODE_LOST, Reason.CORRUPT_BASE)
-    if verdict.ending.reason in at_once or faults >= NODE_FAULT_LIMIT:
-        return [*avoided, node][-_KEPT_RECORDS:]
-    return avoided
+    again = node in status.avoided_nodes and verdict.effect == "Count"
+    if not node or not (reason in _AVOIDED_AT_ONCE or faults >= NODE_FAULT_LIMIT or again):
+        return status
+    nodes = [*(known for known in status.avoided_nodes if known != node), node][-_KEPT_RECORDS:]
+    times = {**status.avoided_until, node: until}
+    kept = {known: times[known] for known in nodes if known in times}
+    return status.model_copy(update={"avoided_nodes": nodes, "avoided_until": kept})

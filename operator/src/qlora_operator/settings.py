@@ -41,6 +41,9 @@ class Settings:
     prepare_timeout_seconds: float = 120.0  # a member that does not stand by then has its pod replaced
     status_interval_seconds: float = 2.0  # between two writes that bring progress only
     suspend_grace_seconds: float = 120.0  # for the last checkpoint before a suspended run's pods are deleted
+    # A node at fault is avoided so long after its last fault: a flaky one stays away over a night's run, one that was
+    # only rebooted, or a new machine under an old name, is taken again within a run of days.
+    avoid_seconds: float = 21600.0
     blocked_seconds: float = 300.0  # a run none of whose pods can start (image, Secret, storage) fails
     hang_floor_seconds: float = 600.0  # hung: no step for this and for hang_factor times the median step
     hang_factor: float = 100.0

@@ -247,3 +247,22 @@ def test_a_checkpoint_never_goes_back() -> None:
     old = CheckpointStatus(step=10, uri="s3://old", time=NOW)
     o = observed([P0], [running(P0, checkpoint=old)], training(P0, checkpoint=newest))
     assert decide(o, SETTINGS).status.checkpoint == newest
+
+
+def test_a_run_whose_nodes_are_all_avoided_trains_on_and_says_so() -> None:
+    """Avoiding is a wish to the scheduler: with no other room it takes the node, and a person can read why."""
+    status = training(P0, P1, avoided_nodes=["node-1"], avoided_until={"node-1": ago(-600)})
+    decision = decide(observed([P0, P1], [running(P0), running(P1)], status), SETTINGS)
+    found = conditions.find(decision.status, ConditionType.RUNNING)
+    assert found is not None and found.status == "True" and "; on node-1 for want of other nodes" in found.message
+
+
+def test_an_avoided_node_is_told_and_forgiven_in_time() -> None:
+    replaced = decide(observed([P0, P1], [running(P0, age=11.0), running(P1)], training(P0, P1)), SETTINGS)
+    told = [event for event in replaced.events if event.reason == Reason.NODE_AVOIDED]
+    assert [event.kind for event in told] == ["Warning"] and "node-0 was at fault" in told[0].message
+    assert "until 2026-06-01 18:00 UTC" in told[0].message
+    later = training(P0, P1, avoided_nodes=["node-0"], avoided_until={"node-0": NOW})
+    forgiven = decide(observed([P0, P1], [running(P0), running(P1)], later), SETTINGS)
+    assert forgiven.status.avoided_nodes == [] and forgiven.status.avoided_until == {}
+    assert [event.reason for event in forgiven.events] == [Reason.NODE_FORGIVEN]

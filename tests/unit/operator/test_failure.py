@@ -1,6 +1,10 @@
 """What ends mean: who is to blame, what counts, what ends the run, in which words."""
 
+from datetime import timedelta
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.unit.operator.build import NOW, ago, ended, pod
 
 from qlora_api.names import Reason
@@ -13,6 +17,7 @@ from qlora_operator.failure import Verdict
 from qlora_operator.state import Exit
 
 POLICY = FailurePolicy(max_failures=3, window_seconds=600)
+HOUR = 3600.0
 
 
 def judge(*endings: Ending, status: QLoRAFinetuneStatus | None = None, policy: FailurePolicy = POLICY) -> Verdict:
@@ -99,7 +104,7 @@ def test_disruptions_are_judged_one_by_one_exits_together() -> None:
 
 def test_a_failure_is_remembered_with_all_that_a_person_asks_first() -> None:
     ending = exit_of(ExitCode.INTERNAL, rank=3, log_tail="last words")
-    status = failure.record(judge(ending), QLoRAFinetuneStatus(), POLICY, NOW)
+    status = failure.record(judge(ending), QLoRAFinetuneStatus(), POLICY, NOW, HOUR)
     assert (status.restarts.failures, status.restarts.disruptions) == (1, 0)
     assert status.restarts.by_reason == {"WorkerFailed": 1}
     last = status.last_failure
@@ -109,7 +114,7 @@ def test_a_failure_is_remembered_with_all_that_a_person_asks_first() -> None:
 
 def test_disruptions_are_counted_apart_and_silent_nodes_avoided() -> None:
     verdict = judge(Ending("r-0-0", "node-a", Reason.SILENT, message="quiet"))
-    status = failure.record(verdict, QLoRAFinetuneStatus(), POLICY, NOW)
+    status = failure.record(verdict, QLoRAFinetuneStatus(), POLICY, NOW, HOUR)
     assert (status.restarts.failures, status.restarts.disruptions) == (0, 1)
     assert status.avoided_nodes == ["node-a"] and status.last_failure is None and status.failures == []
 
@@ -117,10 +122,54 @@ def test_disruptions_are_counted_apart_and_silent_nodes_avoided() -> None:
 def test_a_node_at_fault_twice_is_avoided() -> None:
     status = QLoRAFinetuneStatus()
     for expected in ([], ["node-a"], ["node-a"]):
-        status = failure.record(judge(exit_of(1)), status, POLICY, NOW)
+        status = failure.record(judge(exit_of(1)), status, POLICY, NOW, HOUR)
         assert status.avoided_nodes == expected
-    corrupt = failure.record(judge(exit_of(ExitCode.CORRUPT_BASE)), QLoRAFinetuneStatus(), POLICY, NOW)
+    corrupt = failure.record(judge(exit_of(ExitCode.CORRUPT_BASE)), QLoRAFinetuneStatus(), POLICY, NOW, HOUR)
     assert corrupt.avoided_nodes == ["node-a"]
+
+
+def avoiding(*nodes: str, since: float = 0) -> QLoRAFinetuneStatus:
+    until = {node: ago(since) + timedelta(seconds=HOUR) for node in nodes}
+    return QLoRAFinetuneStatus(avoided_nodes=list(nodes), avoided_until=until)
+
+
+def test_a_further_fault_starts_an_avoided_nodes_time_anew() -> None:
+    status = failure.record(judge(exit_of(1)), avoiding("node-a", "node-b", since=600), POLICY, NOW, HOUR)
+    assert status.avoided_nodes == ["node-b", "node-a"]
+    assert status.avoided_until == {"node-a": ago(-HOUR), "node-b": ago(600 - HOUR)}
+
+
+def test_a_disruption_is_no_fault_of_its_node() -> None:
+    evicted = judge(Ending("r-0-0", "node-a", Reason.EVICTED))
+    before = avoiding("node-a", since=600)
+    assert failure.record(evicted, before, POLICY, NOW, HOUR).avoided_until == before.avoided_until
+
+
+def test_a_node_is_forgiven_in_time() -> None:
+    status = avoiding("node-a", since=600)
+    assert failure.forgive(status, ago(1), HOUR) == status
+    assert failure.forgive(status, ago(600 - HOUR), HOUR).avoided_nodes == []
+    assert failure.forgive(status, ago(600 - HOUR), HOUR).avoided_until == {}
+
+
+def test_an_avoided_node_of_an_older_operator_gets_a_whole_time() -> None:
+    status = failure.forgive(QLoRAFinetuneStatus(avoided_nodes=["node-a"]), NOW, HOUR)
+    assert status.avoided_until == {"node-a": ago(-HOUR)}
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([1, 76, 79, None]), st.floats(0, 5000))))
+def test_whom_we_avoid_has_a_time_and_after_it_nobody(history: list[tuple[str, int | None, float]]) -> None:
+    status, now = QLoRAFinetuneStatus(), NOW
+    for node, code, seconds in history:
+        now += timedelta(seconds=seconds)
+        status = failure.forgive(status, now, HOUR)
+        ending = Ending("r", node, Reason.SILENT) if code is None else exits.of_termination("r", node, ended(code))
+        verdict = failure.judge((ending,), status, POLICY, now)
+        assert verdict is not None
+        status = failure.record(verdict, status, POLICY, now, HOUR) if verdict.effect in ("Count", "Free") else status
+        assert status.avoided_nodes == list(status.avoided_until)
+        assert all(until > now for until in status.avoided_until.values())
+    assert failure.forgive(status, now + timedelta(seconds=HOUR), HOUR).avoided_nodes == []
 
 
 def test_containers_ends() -> None:
