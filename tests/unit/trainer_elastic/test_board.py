@@ -115,6 +115,15 @@ def test_the_reason_is_told_until_the_next_generation(joined: Board) -> None:
     assert joined.report(0).termination is None
 
 
+def test_a_pod_works_as_long_as_its_slowest_worker(joined: Board) -> None:
+    for local_rank, seconds in ((0, 0.2), (1, 0.5), (2, 0.3)):
+        state = worker(1, 3).model_copy(update={"metrics": {"step_work_seconds": seconds, "step_seconds": 0.6}})
+        joined.watch(local_rank, state)
+    assert joined.report(0).metrics == {"step_work_seconds": 0.5, "step_seconds": 0.6}
+    joined.join(2)
+    assert joined.report(0).metrics == {}, "the workers of a new generation have not measured yet"
+
+
 def test_who_was_told_to_leave_joins_nothing_more(joined: Board, tmp_path: Path) -> None:
     joined.request_leave()
     assert joined.report(0).state == AgentState.LEAVING

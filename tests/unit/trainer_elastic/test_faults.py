@@ -70,6 +70,17 @@ def test_hold_until_released(plan: Path) -> None:
     assert not held.is_alive()
 
 
+def test_a_delay_happens_every_time_until_its_line_is_gone(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    script(plan, action="delay:0.25")
+    faults.reach("forward", 1)
+    faults.reach("forward", 2)
+    plan.write_text("")
+    faults.reach("forward", 3)
+    assert slept == [0.25, 0.25] and not list(plan.parent.glob("plan.f.*"))
+
+
 def test_a_worker_may_strike_its_agent(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(plan, action="agent:SIGTERM")
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(pid=4711))

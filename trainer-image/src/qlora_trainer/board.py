@@ -11,7 +11,7 @@ from collections import deque
 from pathlib import Path
 
 from qlora_api.names import Reason
-from qlora_api.run import AgentState, Command, ExitCode, Membership, Report, Termination
+from qlora_api.run import METRIC_STEP_WORK, AgentState, Command, ExitCode, Membership, Report, Termination
 from qlora_trainer.control import Control, Phase, WorkerState, write_control
 
 PARK_FLOOR_SECONDS = 1.0
@@ -43,6 +43,7 @@ class Board:
         self._wanted_since: float | None = None  # when the workers were first asked to park
         self._force_park = False
         self._metrics: dict[str, float] = {}
+        self._work_seconds: dict[int, float] = {}  # by local rank
         self._told: Control | None = None
 
     # what the sync thread does
@@ -64,7 +65,7 @@ class Board:
                 checkpoint=worker.checkpoint if worker else None,
                 artifacts=worker.artifacts if worker else None,
                 termination=self.termination,
-                metrics={**(worker.metrics if worker else {}), **self._metrics},
+                metrics={**(worker.metrics if worker else {}), **self._slowest_work(), **self._metrics},
             )
 
     def hear(self, view: Membership) -> None:
@@ -154,6 +155,7 @@ class Board:
             self._snapshot_step, self._worker = self.snapshot_step, None
             self._parked, self._wanted_since, self._force_park = {}, None, False
             self._step_seconds.clear()
+            self._work_seconds.clear()
             self._tell_workers()
         self.hurry()
 
@@ -169,6 +171,8 @@ class Board:
             if worker.generation != self.joined:
                 return
             self._parked[local_rank] = worker.phase in (Phase.PARKED, Phase.FINISHED)
+            if METRIC_STEP_WORK in worker.metrics:
+                self._work_seconds[local_rank] = worker.metrics[METRIC_STEP_WORK]
             if local_rank != 0:
                 return
             known = self._worker.progress.step if self._worker else None
@@ -178,6 +182,10 @@ class Board:
             if known != worker.progress.step:
                 self._step_time = now
             self._worker = worker
+
+    def _slowest_work(self) -> dict[str, float]:
+        """Of all measures of a pod's workers this one is its slowest worker's, not its first's."""
+        return {METRIC_STEP_WORK: max(self._work_seconds.values())} if self._work_seconds else {}
 
     def may_end_workers(self, num_workers: int) -> bool:
         """Whether the workers can be ended now: asked to park, and parked or too late to."""

@@ -7,7 +7,8 @@ Off unless QLORA_FAULTS names a file; then the file holds one JSON object a line
 `step` and `ranks` left out match any, `pod` matches QLORA_POD_NAME. Actions: a signal's name (sent to this process),
 `agent:SIGTERM` (sent to the agent), or `hold`: stand still until `FILE.ID.release` exists, so that a driver can
 kill whomever it wants at exactly this point. A process that reaches its fault first leaves `FILE.ID.RANK` with the
-time: a fault happens once, however often the worker restarts.
+time: a fault happens once, however often the worker restarts. Only `delay:SECONDS` happens every time, until its line
+is gone from the file.
 """
 
 import json
@@ -46,7 +47,11 @@ def reach(point: str, step: int | None = None) -> None:
         return
     assert point in POINTS, f"unknown point {point}: one of {', '.join(POINTS)}"
     for fault in _read_plan(Path(file)):
-        if _matches(fault, point, step) and _claim(Path(file), fault):
+        if not _matches(fault, point, step):
+            continue
+        if (action := str(fault.get("action", "hold"))).startswith("delay:"):
+            time.sleep(float(action.removeprefix("delay:")))
+        elif _claim(Path(file), fault):
             _happen(Path(file), fault)
 
 

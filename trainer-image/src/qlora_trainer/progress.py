@@ -19,6 +19,7 @@ from qlora_trainer.data import MicroBatch, Sequences
 from qlora_trainer.errors import StorageError
 from qlora_trainer.restore import Position
 from qlora_trainer.session import Session
+from qlora_trainer.workclock import WorkClock
 
 _WINDOW = 20  # steps that speed and ETA look back on
 
@@ -28,6 +29,7 @@ class Reporter:
 
     def __init__(self, env: WorkerEnv) -> None:
         self.loss = self.rate = self.norm = 0.0
+        self.work = WorkClock(env.device_type)
         self._env = env
         self._born = time.monotonic()
         self._steps: deque[tuple[float, int]] = deque(maxlen=_WINDOW + 1)  # (time, tokens) after each step
@@ -54,6 +56,8 @@ class Reporter:
         self._steps.append((time.monotonic(), position.history.num_tokens))
         if len(self._steps) > 1:
             self._measured["step_seconds"] = self._steps[-1][0] - self._steps[-2][0]
+        if (seconds := self.work.median_seconds) is not None:
+            self._measured["step_work_seconds"] = seconds
         self._measured |= _memory(session.device)
         self._update(session, position)
 

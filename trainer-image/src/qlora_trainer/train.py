@@ -130,6 +130,7 @@ def _train(session: Session, position: Position, reporter: Reporter) -> None:
 def _step(session: Session, position: Position, reporter: Reporter) -> list[bool]:
     """One optimizer step over the whole world; the flags that any rank raised: prepare, stop, save."""
     step, data, optimizer, env = position.step, session.data, session.optimizer, session.env
+    reporter.work.start()
     batch = data.plan.global_batch(step)
     targets = num_targets(batch, data.sequences)
     # float16 has no room for gradients of a mean over thousands of tokens: there they stay sums until all are added up
@@ -141,9 +142,11 @@ def _step(session: Session, position: Position, reporter: Reporter) -> list[bool
         loss.backward()
         optimizer.add_loss(loss)
         reporter.trace(micro, data.sequences)
+    reporter.work.stop()
     optimizer.set_flags(*_wishes(session), reporter.save_due(session, position))
     faults.reach("all-reduce", step)
     loss_value, flags = optimizer.all_reduce(divisor)
+    reporter.work.take()
     if session.snapshots:
         session.snapshots.wait()  # the state of the step before is safe before it changes
     faults.reach("optimizer", step)
