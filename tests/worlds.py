@@ -129,6 +129,7 @@ class World:
     generation: int = 0
     device_type: str = "cpu"
     one_pod: bool = False  # all workers in one pod, each with a GPU of its own
+    entry: Callable[[TrainConfig, WorkerEnv], None] = work  # of a worker's process
     context: Any = field(default_factory=lambda: multiprocessing.get_context("forkserver"))
     processes: list[Any] = field(default_factory=list)
 
@@ -154,7 +155,7 @@ class World:
             env = replace(self.env(pod), rank=rank, world_size=len(pods), init_method=f"file://{meeting}")
             control.clear_worker_files(env.run_dir)
             control.write_control(env.run_dir, Control(generation=self.generation, command=command))
-            process = self.context.Process(target=work, args=(self.config, env), daemon=True)
+            process = self.context.Process(target=self.entry, args=(self.config, env), daemon=True)
             process.start()
             self.processes.append(process)
 

@@ -13,7 +13,7 @@ from qlora_api.run import ExitCode, TrainConfig
 from qlora_trainer import flush as flushing
 from qlora_trainer import train
 from qlora_trainer.control import WorkerEnv
-from qlora_trainer.session import prepare
+from qlora_trainer.session import make_ready
 
 STEP_SECONDS = 0.15
 
@@ -50,4 +50,4 @@ def flush() -> ExitCode:
 
 def warm() -> ExitCode:
     """What a node needs before its pod is let in."""
-    return train.guarded(prepare, _config(), WorkerEnv.of_environment())
+    return train.guarded(make_ready, _config(), WorkerEnv.of_environment())

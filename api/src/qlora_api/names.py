@@ -69,6 +69,7 @@ class Reason(StrEnum):
     HUNG = "Hung"
     STORAGE_UNAVAILABLE = "StorageUnavailable"
     CORRUPT_BASE = "CorruptBase"
+    FAULTY_NODE = "FaultyNode"
     # ends
     ADAPTER_UPLOADED = "AdapterUploaded"
     INVALID_SPEC = "InvalidSpec"

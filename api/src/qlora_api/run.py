@@ -58,9 +58,11 @@ class ExitCode(IntEnum):
     LOST_PEER = 79  # a collective broke: free, follows from another pod's fate
     STOPPED = 80  # told to stop (suspend, SIGTERM): free
     FENCED = 81  # a newer generation exists: free
+    FAULTY_NODE = 82  # GPU or links failed the check before training: counts, is retried elsewhere
 
 
 NEVER_RETRIED = frozenset({ExitCode.BAD_CONFIG, ExitCode.BAD_DATA, ExitCode.BAD_MODEL, ExitCode.BAD_ADAPTER})
+NODE_FAULTS = frozenset({ExitCode.CORRUPT_BASE, ExitCode.FAULTY_NODE})  # the pod is replaced, not only its workers
 FREE = frozenset({ExitCode.OK, ExitCode.LOST_PEER, ExitCode.STOPPED, ExitCode.FENCED})
 
 

@@ -22,6 +22,7 @@ FATAL_REASONS = {
 COUNTED_REASONS = {
     ExitCode.STORAGE: Reason.STORAGE_UNAVAILABLE,
     ExitCode.CORRUPT_BASE: Reason.CORRUPT_BASE,
+    ExitCode.FAULTY_NODE: Reason.FAULTY_NODE,
     ExitCode.OUT_OF_MEMORY: Reason.OUT_OF_MEMORY,
 }
 ADVICE = {
@@ -31,6 +32,7 @@ ADVICE = {
     Reason.STORAGE_UNAVAILABLE: "Check endpoint, bucket and the Secret's keys of model, dataset and output.",
     Reason.CORRUPT_BASE: "The packed base does not match its checksum: the node's disk or memory is suspect;"
     " the pod moves elsewhere.",
+    Reason.FAULTY_NODE: "The pod is replaced; a node with two faults is avoided.",
     Reason.HUNG: "The workers were restarted; raise progressDeadlineSeconds if a step takes longer than that.",
     Reason.WORKER_FAILED: "See status.lastFailure.logTail.",
     Reason.INVALID_SPEC: "Create a new QLoRAFinetune with the corrected spec.",

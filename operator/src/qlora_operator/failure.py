@@ -125,8 +125,8 @@ def same_incident(case: Case) -> Verdict | None:
 def same_step_again(case: Case) -> Verdict | None:
     """The third failure of one kind at one step."""
     ending = case.ending
-    if ending.reason == Reason.STORAGE_UNAVAILABLE:
-        return None
+    if ending.reason in (Reason.STORAGE_UNAVAILABLE, Reason.FAULTY_NODE):
+        return None  # the step has nothing to do with it
     same = [record for record in case.recent if record.step == ending.step and record.reason == ending.reason]
     if len(same) + 1 < SAME_STEP_LIMIT:
         return None

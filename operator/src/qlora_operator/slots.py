@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from qlora_api import names
 from qlora_api.names import Reason
-from qlora_api.run import AgentState, ExitCode
+from qlora_api.run import NODE_FAULTS, AgentState, ExitCode
 from qlora_api.status import Slot
 from qlora_operator import agents, exits
 from qlora_operator.exits import Ending
@@ -119,7 +119,7 @@ def _loss(pod: Pod) -> Reason:
 
 
 def _failed_start(o: Observed, pod: Pod, settings: Settings) -> Ending | None:
-    """A newcomer failed while warming up, or a member's base is corrupt: another pod, elsewhere if possible."""
+    """A newcomer failed while warming up, or a member's node is at fault: another pod, elsewhere if possible."""
     agent = agents.agent_of(o, pod)
     if agent is None or agent.failure is None:
         return None
@@ -127,8 +127,8 @@ def _failed_start(o: Observed, pod: Pod, settings: Settings) -> Ending | None:
     failed_newcomer = agent.report.state == AgentState.FAILED and not member
     if failed_newcomer and agent.failure.exit_code == ExitCode.STORAGE and pod.age < settings.blocked_seconds:
         return None  # it tries again by itself; `agents.troubles` tells
-    corrupt = agent.failure.exit_code == ExitCode.CORRUPT_BASE and agent.failure_generation == o.status.generation
-    if failed_newcomer or (member and corrupt):
+    node_fault = agent.failure.exit_code in NODE_FAULTS and agent.failure_generation == o.status.generation
+    if failed_newcomer or (member and node_fault):
         return exits.of_termination(pod.name, pod.node, agent.failure)
     return None
 

@@ -30,6 +30,7 @@ WORKER_ENDS = (
     ExitCode.OUT_OF_MEMORY,
     ExitCode.LOST_PEER,
     ExitCode.CORRUPT_BASE,
+    ExitCode.FAULTY_NODE,
     ExitCode.BAD_DATA,
     ExitCode.STORAGE,
 )

@@ -266,3 +266,12 @@ def test_an_avoided_node_is_told_and_forgiven_in_time() -> None:
     forgiven = decide(observed([P0, P1], [running(P0), running(P1)], later), SETTINGS)
     assert forgiven.status.avoided_nodes == [] and forgiven.status.avoided_until == {}
     assert [event.reason for event in forgiven.events] == [Reason.NODE_FORGIVEN]
+
+
+@pytest.mark.parametrize("code", [ExitCode.FAULTY_NODE, ExitCode.CORRUPT_BASE])
+def test_a_members_node_at_fault_costs_its_pod_not_only_its_workers(code: ExitCode) -> None:
+    failed = agent(P1, AgentState.FAILED, 1, termination=ended(code))
+    decision = decide(observed([P0, P1], [running(P0), failed], training(P0, P1)), SETTINGS)
+    assert decision.status.slots[1].incarnation == 1
+    assert names_of(decision, DeletePod) == ["r-1-0"] and names_of(decision, CreatePod) == ["r-1-1"]
+    assert decision.status.restarts.failures == 1 and decision.membership.prepare == 2

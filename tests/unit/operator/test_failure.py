@@ -128,6 +128,17 @@ def test_a_node_at_fault_twice_is_avoided() -> None:
     assert corrupt.avoided_nodes == ["node-a"]
 
 
+def test_a_faulty_node_counts_and_the_step_has_nothing_to_do_with_it() -> None:
+    """Three bad nodes in a row at step 0 are no reason to give the run up before maxFailures."""
+    fault = exit_of(ExitCode.FAULTY_NODE, step=0)
+    patient = FailurePolicy(max_failures=100)
+    verdict = judge(fault, status=records(0, 0, reason=Reason.FAULTY_NODE), policy=patient)
+    assert (verdict.effect, verdict.reason) == ("Count", Reason.FAULTY_NODE)
+    assert "a node with two faults is avoided" in verdict.message
+    others = (exit_of(ExitCode.LOST_PEER, "r-0-0", rank=0), exit_of(ExitCode.FAULTY_NODE, "r-1-0", rank=1))
+    assert judge(*others).ending.pod_name == "r-1-0", "its peers left because of it"
+
+
 def avoiding(*nodes: str, since: float = 0) -> QLoRAFinetuneStatus:
     until = {node: ago(since) + timedelta(seconds=HOUR) for node in nodes}
     return QLoRAFinetuneStatus(avoided_nodes=list(nodes), avoided_until=until)

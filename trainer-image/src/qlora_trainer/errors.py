@@ -54,6 +54,13 @@ class CorruptBase(TrainerError):
     reason = Reason.CORRUPT_BASE
 
 
+class FaultyNode(TrainerError):
+    """The node computes, remembers or transmits wrongly."""
+
+    exit_code = ExitCode.FAULTY_NODE
+    reason = Reason.FAULTY_NODE
+
+
 class OutOfMemory(TrainerError):
     """GPU or host memory is exhausted."""
 

@@ -5,10 +5,10 @@ Off unless QLORA_FAULTS names a file; then the file holds one JSON object a line
     {"id": "7", "point": "backward", "step": 12, "ranks": [0], "action": "SIGKILL"}
 
 `step` and `ranks` left out match any, `pod` matches QLORA_POD_NAME. Actions: a signal's name (sent to this process),
-`agent:SIGTERM` (sent to the agent), or `hold`: stand still until `FILE.ID.release` exists, so that a driver can
-kill whomever it wants at exactly this point. A process that reaches its fault first leaves `FILE.ID.RANK` with the
-time: a fault happens once, however often the worker restarts. Only `delay:SECONDS` happens every time, until its line
-is gone from the file.
+`agent:SIGTERM` (sent to the agent), `damage` (change what the pre-flight check reads at this point), or `hold`: stand
+still until `FILE.ID.release` exists, so that a driver can kill whomever it wants at exactly this point. A process that
+reaches its fault first leaves `FILE.ID.RANK` with the time: a fault happens once, however often the worker restarts.
+Only `delay:SECONDS` happens every time, until its line is gone from the file.
 """
 
 import json
@@ -34,25 +34,38 @@ POINTS = (
     "manifest",
     "rendezvous",
     "warm-up",
+    "preflight-compute",
+    "preflight-memory",
+    "preflight-links",
 )
 
 _plan: list[dict[str, Any]] = []
 _plan_stamp: tuple[int, int] | None = None
 
 
+def damages(point: str) -> bool:
+    """Whether what this process reads at `point` is to be damaged now."""
+    file, scripted = _scripted(point, None)
+    return any(fault.get("action") == "damage" and _claim(file, fault) for fault in scripted)
+
+
 def reach(point: str, step: int | None = None) -> None:
     """Tell that this process is at `point` of `step`; returns unless a fault is scripted for it."""
-    file = os.environ.get(ENV_FAULTS)
-    if not file:
-        return
-    assert point in POINTS, f"unknown point {point}: one of {', '.join(POINTS)}"
-    for fault in _read_plan(Path(file)):
-        if not _matches(fault, point, step):
-            continue
+    file, scripted = _scripted(point, step)
+    for fault in scripted:
         if (action := str(fault.get("action", "hold"))).startswith("delay:"):
             time.sleep(float(action.removeprefix("delay:")))
-        elif _claim(Path(file), fault):
-            _happen(Path(file), fault)
+        elif _claim(file, fault):
+            _happen(file, fault)
+
+
+def _scripted(point: str, step: int | None) -> tuple[Path, list[dict[str, Any]]]:
+    """The file of faults, and those that are scripted for this process here."""
+    file = os.environ.get(ENV_FAULTS)
+    if not file:
+        return Path(), []
+    assert point in POINTS, f"unknown point {point}: one of {', '.join(POINTS)}"
+    return Path(file), [fault for fault in _read_plan(Path(file)) if _matches(fault, point, step)]
 
 
 def _read_plan(file: Path) -> list[dict[str, Any]]:

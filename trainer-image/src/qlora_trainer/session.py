@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from qlora_api.layout import RunLayout
 from qlora_api.memory import pick_micro_batch
 from qlora_api.run import TrainConfig
-from qlora_trainer import faults
+from qlora_trainer import faults, preflight
 from qlora_trainer.checkpoint import CheckpointWriter
 from qlora_trainer.control import WorkerEnv
 from qlora_trainer.data import BatchPlan, Sequences, build_sequences, hold_out
@@ -104,6 +104,7 @@ def _join(env: WorkerEnv) -> DeviceMesh:
         world_size=env.world_size,
         timeout=GROUP_TIMEOUT,
     )
+    preflight.check_links(env, device_of(env))
     return init_device_mesh(env.device_type, (env.world_size,))
 
 
@@ -119,8 +120,15 @@ def open_output(config: TrainConfig, env: WorkerEnv) -> tuple[ObjectStore, RunLa
     return open_store(layout.root, output, env.secrets_dir / "output"), layout
 
 
+def make_ready(config: TrainConfig, env: WorkerEnv) -> None:
+    """What an agent does while warming: the node checked, the output within reach, all that a worker needs on disk."""
+    preflight.check_node(env)
+    open_output(config, env)[0].list("manifest")
+    prepare(config, env)
+
+
 def prepare(config: TrainConfig, env: WorkerEnv) -> Prepared:
-    """Model, samples and packed base on this node's disk: also what an agent does while warming."""
+    """Model, samples and packed base on this node's disk."""
     model = ensure_model(config, env)
     data = _prepare_data(config, env, model)
     packed = ensure_packed(config, model.path, env.cache_dir, device_of(env))

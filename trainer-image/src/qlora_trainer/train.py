@@ -25,7 +25,7 @@ from qlora_trainer.merge import merge_to_store
 from qlora_trainer.progress import Reporter
 from qlora_trainer.restore import Position, restore
 from qlora_trainer.samples import SampleSet
-from qlora_trainer.session import Session, broadcast, open_output, prepare, process_group, set_up
+from qlora_trainer.session import Session, broadcast, make_ready, open_output, process_group, set_up
 
 ENV_CONFIG = "QLORA_CONFIG"
 _PARKED_SECONDS = 0.05  # between looks at the agent that is to end us
@@ -42,13 +42,8 @@ def run() -> ExitCode:
 
 
 def warm() -> None:
-    """Entry of the process that brings all a worker needs to this node's disk before the pod is let in."""
-
-    def fetch(config: TrainConfig, env: WorkerEnv) -> None:
-        open_output(config, env)[0].list("manifest")
-        prepare(config, env)
-
-    end_process(guarded(fetch, config_path(), WorkerEnv.of_environment()))
+    """Entry of the process that makes this node ready before the pod is let in."""
+    end_process(guarded(make_ready, config_path(), WorkerEnv.of_environment()))
 
 
 def work(config: TrainConfig | Path, env: WorkerEnv) -> None:

@@ -1,0 +1,80 @@
+"""Nodes that are at fault or slow, from the worker that finds it to the status that names it: real agents and workers
+around the real reconciler, faults scripted."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.chaos import tiny
+from tests.chaos.local import LocalCluster
+
+from qlora_operator.settings import Settings
+
+SECONDS = 120.0
+ROOT = Path(__file__).parents[2]
+
+
+class Stage:
+    """A cluster whose workers read scripted faults."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        tiny.make_sources(folder)
+        config = tiny.make_config(folder, "23456789", 100_000, 2, elasticPolicy={"minNodes": 2, "maxNodes": 2})
+        environment = {
+            "QLORA_WORKER": "tests.chaos.real:run",
+            "QLORA_WARM_UP": "tests.chaos.real:warm",
+            "QLORA_FLUSH": "tests.chaos.real:flush",
+            "QLORA_DEVICE": "cpu",
+            "QLORA_CACHE_DIR": str(folder / "cache"),
+            "QLORA_FAULTS": str(folder / "faults"),
+            "CHAOS_OUTPUT": f"file://{folder}/bucket",
+            "PYTHONPATH": str(ROOT),
+        }
+        settings = Settings(trainer_image="none", coordinator_url="http://none", start_wait_seconds=60.0)
+        self.cluster = LocalCluster(config, folder, environment, settings)
+
+    def script(self, *faults: dict[str, object]) -> None:
+        (self.folder / "faults").write_text("".join(json.dumps(fault) + "\n" for fault in faults))
+
+    def events(self, reason: str) -> list[str]:
+        return [text for _, text in self.cluster.history if text.startswith(f"event {reason}:")]
+
+
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    """In memory as RUN_DIR is, and short: the path of a Unix socket has at most 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="nodes-", dir="/dev/shm") as name:
+        yield Stage(Path(name))
+
+
+def test_a_faulty_node_is_avoided_and_a_slow_one_told(stage: Stage) -> None:
+    """One history, because every start of a pod imports torch."""
+    damage = {"point": "preflight-memory", "action": "damage"}
+    stage.script({**damage, "id": "a", "pod": "chaos-1-0"}, {**damage, "id": "b", "pod": "chaos-1-1"})
+    cluster = stage.cluster
+    with cluster:
+        cluster.wait_for(lambda: cluster.status.avoided_nodes == ["node-1"], SECONDS, "an avoided node")
+        status = cluster.status
+        assert status.restarts.by_reason == {"FaultyNode": 2} and status.restarts.failures == 2
+        assert status.generation == 0, "it was never let in"
+        last = status.last_failure
+        assert last is not None and (last.pod_name, last.node_name, last.exit_code) == ("chaos-1-1", "node-1", 82)
+        assert "words of memory were not read back as written" in last.message and "Cordon the node" in last.message
+        assert len(stage.events("FaultyNode")) == 2 and len(stage.events("NodeAvoided")) == 1
+
+        cluster.wait_for(lambda: cluster.status.progress.step > 12, SECONDS, "training with the third pod")
+        assert [member.pod_name for member in cluster.status.members] == ["chaos-0-0", "chaos-1-2"]
+        assert cluster.status.generation == 1
+
+        stage.script({"id": "c", "point": "backward", "ranks": [1], "action": "delay:0.2"})
+        cluster.wait_for(lambda: bool(cluster.status.stragglers), SECONDS, "a straggler")
+        (straggler,) = cluster.status.stragglers
+        assert (straggler.pod_name, straggler.node_name) == ("chaos-1-2", "node-1") and straggler.work_seconds > 0.2
+        assert "chaos-1-2 on node node-1 works" in stage.events("Straggler")[-1]
+        stage.script()
+        cluster.wait_for(lambda: not cluster.status.stragglers, SECONDS, "the straggler's recovery")
+        assert "chaos-1-2 keeps up again" in stage.events("StragglerRecovered")[-1]
+        assert cluster.status.generation == 1, "nothing was done about it"
