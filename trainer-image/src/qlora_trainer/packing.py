@@ -150,7 +150,7 @@ class _Builder:
         weight = self._weights.get(f"{self._prefix}.{index}.{linear}.weight", self._stager)
         if tuple(weight.shape) != (where.rows, where.columns):
             raise BadModel(f"{linear} of layer {index}: shape {tuple(weight.shape)} does not fit config.json")
-        return weight
+        return weight.to(self._device)
 
     def _write_rest(self) -> None:
         packed = {f"{self._prefix}.{i}.{name}.weight" for i, linears in enumerate(self._linears) for name in linears}

@@ -138,8 +138,9 @@ def _fill(staged: Tensor, file: BinaryIO, piece: ReadJob) -> None:
         count = os.preadv(file.fileno(), [view[done:]], piece.offset + done)
         if count == 0:
             raise BadModel(
-                f"{piece.path} ends at byte {piece.offset + done}, its index says {piece.offset + piece.length} or"
-                " more: delete its folder, the next start makes it anew"
+                f"{piece.path} is torn: it ends at byte {piece.offset + done}, its index names"
+                f" {piece.offset + piece.length}. Delete it from the node's cache (the next start makes it anew),"
+                " or copy the model again"
             )
         done += count
 
@@ -151,9 +152,13 @@ def read_into(jobs: Iterable[ReadJob], device: torch.device) -> None:
 
 
 def write_tensor(file: BinaryIO, source: Tensor, dtype: torch.dtype, chunk_bytes: int = CHUNK_BYTES) -> None:
-    """Append a contiguous tensor to a file as `dtype`, through a (pinned) buffer of `chunk_bytes`."""
-    staged = torch.empty(chunk_bytes // dtype.itemsize, dtype=dtype, pin_memory=source.is_cuda)
-    for part in source.view(-1).split(staged.numel()):
+    """Append a contiguous tensor to a file as `dtype`; what must be copied first goes through one (pinned) buffer."""
+    flat = source.view(-1)
+    if flat.dtype == dtype and flat.device.type == "cpu":  # a mapped tensor goes from page cache to page cache
+        file.write(flat.view(torch.uint8).numpy().data)
+        return
+    staged = torch.empty(chunk_bytes // dtype.itemsize, dtype=dtype, pin_memory=flat.is_cuda)
+    for part in flat.split(staged.numel()):
         staged[: part.numel()].copy_(part)
         file.write(staged[: part.numel()].view(torch.uint8).numpy().data)
 
