@@ -10,10 +10,12 @@ and the streams: on a CPU the same threads copy the same pieces.
 
 import os
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from io import FileIO
 from itertools import cycle
 from pathlib import Path
 from types import TracebackType
@@ -45,23 +47,24 @@ class ReadJob:
             yield ReadJob(self.path, self.offset + start, part.numel(), part)
 
 
+Pieces = deque[tuple[FileIO, ReadJob]]
+
+
 class Stager:
     """Threads and buffers that fill tensors on `device` from files; close it (`with`) to give them back."""
 
     def __init__(self, device: torch.device, num_lanes: int = 0, chunk_bytes: int = CHUNK_BYTES) -> None:
         self.device = torch.empty(0, device=device).device  # with its number: each thread has a current device
         self._chunk_bytes = chunk_bytes
+        self._num_lanes = num_lanes or min(NUM_LANES, len(os.sched_getaffinity(0)))
         self._own = threading.local()
-        self._lanes: list[_Lane] = []
-        num_lanes = num_lanes or min(NUM_LANES, len(os.sched_getaffinity(0)))
-        self._pool = ThreadPoolExecutor(num_lanes, "staging")
+        self._pool = ThreadPoolExecutor(self._num_lanes, "staging")
 
     def __enter__(self) -> "Stager":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._pool.shutdown(cancel_futures=True)
-        self._lanes.clear()
 
     def read(self, jobs: Iterable[ReadJob]) -> None:
         """Fill every destination; several threads may call this at once.
@@ -72,13 +75,9 @@ class Stager:
         ready = self._mark()
         with ExitStack() as stack:
             files = {path: stack.enter_context(open(path, "rb", buffering=0)) for path in {job.path for job in jobs}}
-            pieces = [piece for job in jobs for piece in job.split(self._chunk_bytes)]
-            pending = [self._pool.submit(self._copy, files[piece.path], piece, ready) for piece in pieces]
-            try:
-                finish(pending)
-            finally:
-                for lane in list(self._lanes):
-                    lane.synchronize()
+            pieces = deque((files[job.path], piece) for job in jobs for piece in job.split(self._chunk_bytes))
+            num_lanes = min(self._num_lanes, len(pieces))
+            finish([self._pool.submit(self._drain, pieces, ready) for _ in range(num_lanes)])
 
     def _mark(self) -> torch.cuda.Event | None:
         """What the caller's stream has been told to do so far."""
@@ -88,11 +87,14 @@ class Stager:
         ready.record(torch.cuda.current_stream(self.device))
         return ready
 
-    def _copy(self, file: BinaryIO, piece: ReadJob, ready: torch.cuda.Event | None) -> None:
-        if not hasattr(self._own, "lane"):  # not the pool's initializer: it would hide why a lane cannot be had
-            self._own.lane = _Lane(self.device, self._chunk_bytes)
-            self._lanes.append(self._own.lane)
-        self._own.lane.copy(file, piece, ready)
+    def _drain(self, pieces: Pieces, ready: torch.cuda.Event | None) -> None:
+        try:
+            if not hasattr(self._own, "lane"):  # not the pool's initializer: it would hide why a lane cannot be had
+                self._own.lane = _Lane(self.device, self._chunk_bytes)
+            self._own.lane.drain(pieces, ready)
+        except BaseException:
+            pieces.clear()  # the other lanes need not go on
+            raise
 
 
 class _Lane:
@@ -104,24 +106,28 @@ class _Lane:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._slots = cycle([_Slot(chunk_bytes, device.type == "cuda") for _ in range(2)])
 
-    def copy(self, file: BinaryIO, piece: ReadJob, ready: torch.cuda.Event | None) -> None:
-        slot = next(self._slots)
-        if slot.copied is not None:
-            slot.copied.synchronize()
-        staged = slot.buffer[: piece.length]
-        _fill(staged, file, piece)
+    def drain(self, pieces: Pieces, ready: torch.cuda.Event | None) -> None:
+        """Copy pieces until none is left; those that this lane took are in place when this returns or raises."""
         if self._stream is None:
-            piece.destination.copy_(staged)
+            for file, piece in _taken(pieces):
+                self._fill(file, piece)
             return
-        assert ready is not None and slot.copied is not None
+        assert ready is not None
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
-            piece.destination.copy_(staged, non_blocking=True)
-            slot.copied.record(self._stream)
+            try:
+                for file, piece in _taken(pieces):
+                    self._fill(file, piece)
+            finally:
+                self._stream.synchronize()
 
-    def synchronize(self) -> None:
-        if self._stream is not None:
-            self._stream.synchronize()
+    def _fill(self, file: FileIO, piece: ReadJob) -> None:
+        slot = next(self._slots)
+        slot.wait()
+        staged = slot.buffer[: piece.length]
+        _read(staged, file, piece)
+        piece.destination.copy_(staged, non_blocking=True)
+        slot.mark()
 
 
 class _Slot:
@@ -129,10 +135,25 @@ class _Slot:
 
     def __init__(self, chunk_bytes: int, pinned: bool) -> None:
         self.buffer = torch.empty(chunk_bytes, dtype=torch.uint8, pin_memory=pinned)
-        self.copied = torch.cuda.Event() if pinned else None
+        self._copied = torch.cuda.Event() if pinned else None
+
+    def wait(self) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def mark(self) -> None:
+        if self._copied is not None:
+            self._copied.record()
 
 
-def _fill(staged: Tensor, file: BinaryIO, piece: ReadJob) -> None:
+def _taken(pieces: Pieces) -> Iterator[tuple[FileIO, ReadJob]]:
+    """Pieces that nobody else has taken, until there are none."""
+    with suppress(IndexError):
+        while True:
+            yield pieces.popleft()
+
+
+def _read(staged: Tensor, file: FileIO, piece: ReadJob) -> None:
     view, done = staged.numpy().data, 0
     while done < piece.length:
         count = os.preadv(file.fileno(), [view[done:]], piece.offset + done)
