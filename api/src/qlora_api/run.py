@@ -95,6 +95,7 @@ class Report(ApiModel):
     known_command: Command = Command.RUN
     wait_seconds: float = Field(0, ge=0, le=30)
     progress: Progress | None = None
+    activity: int | None = Field(None, ge=0, description="Changes when workers get something done, also between steps.")
     snapshot_step: int | None = Field(None, ge=0, description="Newest step in this pod's memory tier.")
     checkpoint: CheckpointStatus | None = None
     artifacts: Artifacts | None = None

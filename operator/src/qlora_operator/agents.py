@@ -129,8 +129,13 @@ def view_of(o: Observed, slots: list[Slot], settings: Settings) -> View:
 
 
 def is_hung(o: Observed, settings: Settings) -> bool:
-    """All members run, none of them steps."""
-    return all_run(o) and min(o.step_age, o.generation_age) > hang_limit(o, settings)
+    """All members run, none of them gets anything done."""
+    return all_run(o) and quiet_seconds(o) > hang_limit(o, settings)
+
+
+def quiet_seconds(o: Observed) -> float:
+    """Since a step, an evaluation's batch or anything else was done under this generation."""
+    return min(o.step_age, o.activity_age, o.generation_age)
 
 
 def all_run(o: Observed) -> bool:
@@ -145,12 +150,19 @@ def all_run(o: Observed) -> bool:
 
 
 def hang_limit(o: Observed, settings: Settings) -> float:
-    """Seconds without a step that mean a hang: the deadline, or many median steps; the end of a run takes its time."""
+    """Quiet seconds that mean a hang: the deadline, or many median steps; start and end of the workers take their time.
+
+    The low floor holds once this generation has done a step (kernels are compiled then, files read) and while its
+    workers tell what they do between steps (trainers before `Report.activity` do not).
+    """
     deadline = float(o.run.spec.progress_deadline_seconds)
     progress = o.status.progress
     if o.median_step is None or (progress.total_steps and progress.step >= progress.total_steps):
         return deadline
-    return min(deadline, max(settings.hang_floor_seconds, settings.hang_factor * o.median_step))
+    tells = all(agent.report.activity is not None for agent in _heard_members(o))
+    settled = tells and o.stepped_generation == o.status.generation
+    floor = settings.hang_floor_seconds if settled else settings.start_hang_seconds
+    return min(deadline, max(floor, settings.hang_factor * o.median_step))
 
 
 def _heard_members(o: Observed) -> list[Agent]:
@@ -245,7 +257,9 @@ def ends_of_generation(o: Observed, slots: Iterable[Slot], settings: Settings) -
             ends.append(exits.of_termination(pod.name, pod.node, agent.failure))
     if is_hung(o, settings):
         seconds = int(hang_limit(o, settings))
-        ends.append(Ending("", "", Reason.HUNG, int(ExitCode.INTERNAL), f"no step for {seconds} s.", step=_step(o)))
+        ends.append(
+            Ending("", "", Reason.HUNG, int(ExitCode.INTERNAL), f"nothing was done for {seconds} s.", step=_step(o))
+        )
     return tuple(ends)
 
 

@@ -169,7 +169,7 @@ def _times(o: Observed, plan: Plan, settings: Settings) -> list[float]:
         elif pod.trouble is not None:
             times += [limit for limit in [settings.blocked_seconds - pod.age] if limit > -SOONEST]
     if agents.all_run(o):
-        limit = agents.hang_limit(o, settings) - min(o.step_age, o.generation_age)
+        limit = agents.hang_limit(o, settings) - agents.quiet_seconds(o)
         times += [limit] if limit > -SOONEST else []
     if o.prepare_age is not None:
         times.append(max(settings.prepare_timeout_seconds - o.prepare_age, 1.0))

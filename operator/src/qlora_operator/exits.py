@@ -33,7 +33,8 @@ ADVICE = {
     Reason.CORRUPT_BASE: "The packed base does not match its checksum: the node's disk or memory is suspect;"
     " the pod moves elsewhere.",
     Reason.FAULTY_NODE: "The pod is replaced; a node with two faults is avoided.",
-    Reason.HUNG: "The workers were restarted; raise progressDeadlineSeconds if a step takes longer than that.",
+    Reason.HUNG: "The workers were restarted; if a step may take longer than that, raise progressDeadlineSeconds and"
+    " the operator's timing.hangFloorSeconds.",
     Reason.WORKER_FAILED: "See status.lastFailure.logTail.",
     Reason.INVALID_SPEC: "Create a new QLoRAFinetune with the corrected spec.",
     Reason.INVALID_DATASET: "Correct the data set and create a new QLoRAFinetune.",

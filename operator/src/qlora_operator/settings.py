@@ -45,8 +45,9 @@ class Settings:
     # only rebooted, or a new machine under an old name, is taken again within a run of days.
     avoid_seconds: float = 21600.0
     blocked_seconds: float = 300.0  # a run none of whose pods can start (image, Secret, storage) fails
-    hang_floor_seconds: float = 600.0  # hung: no step for this and for hang_factor times the median step
-    hang_factor: float = 100.0
+    hang_floor_seconds: float = 180.0  # hung: nothing done for this and for hang_factor times the median step
+    hang_factor: float = 20.0
+    start_hang_seconds: float = 600.0  # the floor until the workers of a generation have done their first step
     resync_seconds: float = 30.0  # a run is looked at at least this often
 
     @classmethod

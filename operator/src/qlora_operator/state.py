@@ -6,6 +6,7 @@ edges carry out in the order status, membership, actions, events.
 
 from dataclasses import dataclass, field
 from datetime import datetime
+from math import inf
 from typing import Any, Literal, NamedTuple
 
 from qlora_api.names import Reason
@@ -130,6 +131,8 @@ class Heard:
     heard_age: float = 0.0  # since this process first heard any agent of the run; 0: never
     listening_age: float = 0.0  # since this process has known the run
     step_age: float = 0.0  # since this process saw the step advance
+    activity_age: float = inf  # since it saw that any worker did something; inf: they do not tell
+    stepped_generation: int = 0  # under which the newest step was done
     median_step: float | None = None  # seconds a step
 
 

@@ -8,6 +8,7 @@ are arguments (monotonic seconds), so that tests turn the clock.
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
 from statistics import median
 
 from qlora_api.run import Command, Membership, Report, Termination
@@ -43,6 +44,8 @@ class RunTable:
     prepare_since: float | None = None
     step: int = -1
     step_since: float = 0.0
+    stepped_generation: int = 0
+    activity_since: float | None = None
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_STEPS_KEPT))
 
     def receive(self, pod: PodIdentity, report: Report, now: float) -> bool:
@@ -54,6 +57,8 @@ class RunTable:
             same = (old.report.state, old.report.generation) == (report.state, report.generation)
             entry.since = old.since if same else now
             entry.highest = max(old.highest, report.generation)
+            if report.activity not in (None, old.report.activity):
+                self.activity_since = now
             if report.generation <= old.failure_generation or report.generation == 0:
                 entry.failure, entry.failure_generation = old.failure, old.failure_generation
         if report.termination is not None:
@@ -98,6 +103,8 @@ class RunTable:
             heard_age=0.0 if self.heard_since is None else now - self.heard_since,
             listening_age=now - self.known_since,
             step_age=now - self.step_since,
+            activity_age=inf if self.activity_since is None else now - self.activity_since,
+            stepped_generation=self.stepped_generation,
             median_step=median(self.step_seconds) if self.step_seconds else None,
         )
 
@@ -105,6 +112,7 @@ class RunTable:
         step = report.progress.step if report.progress is not None else -1
         if step > self.step >= 0:
             self.step_seconds.append((now - self.step_since) / (step - self.step))
+            self.stepped_generation = max(self.stepped_generation, report.generation)
         if step > self.step:
             self.step, self.step_since = step, now
 

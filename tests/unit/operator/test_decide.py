@@ -213,16 +213,6 @@ def test_too_few_nodes_wait_and_say_so() -> None:
     assert shown.reason == Reason.TOO_FEW_NODES and "1 of at least 2" in shown.message
 
 
-def test_hung_workers_are_restarted_and_counted() -> None:
-    status = training(P0, P1)
-    hung = observed([P0, P1], [running(P0), running(P1)], status, step_age=2000.0, generation_age=2000.0)
-    called = decide(hung, SETTINGS)
-    assert called.membership.prepare == 2 and called.status.restarts.failures == 0
-    slow = replace(hung, step_age=700.0, median_step=10.0)
-    assert decide(slow, SETTINGS).membership.prepare == 1, "a hundred median steps are not over"
-    assert decide(replace(slow, median_step=1.0), SETTINGS).membership.prepare == 2
-
-
 def test_a_member_that_never_comes_to_the_rendezvous_is_replaced() -> None:
     stuck = observed([P0, P1], [running(P0), agent(P1, AgentState.READY, 1)], training(P0, P1), prepare_age=121.0)
     decision = decide(stuck, SETTINGS)

@@ -1,5 +1,6 @@
 """What the coordinator remembers, with a clock that tests turn."""
 
+from math import inf
 from typing import Any
 
 import pytest
@@ -81,6 +82,28 @@ def test_steps_are_timed() -> None:
         table.receive(POD, report(progress=Progress(step=step)), second)
     heard = table.heard(10)
     assert heard.step_age == 2 and heard.median_step == pytest.approx(2)
+
+
+def test_what_is_done_between_steps_is_timed() -> None:
+    table = RunTable(known_since=0)
+    table.receive(POD, report(progress=Progress(step=3)), 1)
+    table.receive(POD, report(progress=Progress(step=3)), 2)
+    assert table.heard(10).activity_age == inf, "this trainer does not tell"
+    for second, activity in ((3, 1), (4, 2), (5, 2)):
+        table.receive(POD, report(progress=Progress(step=3), activity=activity), second)
+    assert table.heard(10).activity_age == 6
+    table.receive(POD, report(progress=None), 6)  # the workers of a new generation have told nothing yet
+    assert table.heard(10).activity_age == 6
+
+
+def test_under_which_generation_the_newest_step_was_done() -> None:
+    table = RunTable(known_since=0)
+    table.receive(POD, report(generation=4, progress=Progress(step=3)), 1)
+    assert table.heard(2).stepped_generation == 0, "it may have been done before"
+    table.receive(POD, report(generation=4, progress=Progress(step=4)), 2)
+    assert table.heard(2).stepped_generation == 4
+    table.receive(POD, report(generation=5, progress=Progress(step=4)), 3)
+    assert table.heard(4).stepped_generation == 4
 
 
 def test_the_dead_are_forgotten_in_time() -> None:

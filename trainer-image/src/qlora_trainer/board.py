@@ -61,6 +61,7 @@ class Board:
                 known_command=self.view.command,
                 wait_seconds=wait_seconds,
                 progress=worker.progress if worker else None,
+                activity=worker.activity if worker else None,
                 snapshot_step=self.snapshot_step,
                 checkpoint=worker.checkpoint if worker else None,
                 artifacts=worker.artifacts if worker else None,

@@ -85,6 +85,7 @@ class WorkerState(ApiModel):
     phase: Phase = Phase.STARTING
     pid: int = 0
     progress: Progress = Progress()
+    activity: int = 0  # rises whenever something was done: a step, a micro batch, a while of waiting for an upload
     snapshot_step: int | None = None
     checkpoint: CheckpointStatus | None = None
     artifacts: Artifacts | None = None

@@ -22,6 +22,7 @@ from qlora_trainer.session import Session
 from qlora_trainer.workclock import WorkClock
 
 _WINDOW = 20  # steps that speed and ETA look back on
+_ALIVE_SECONDS = 1.0  # between two signs of life at least: the operator counts in minutes
 
 
 class Reporter:
@@ -33,7 +34,7 @@ class Reporter:
         self._env = env
         self._born = time.monotonic()
         self._steps: deque[tuple[float, int]] = deque(maxlen=_WINDOW + 1)  # (time, tokens) after each step
-        self._saved_at = time.monotonic()
+        self._saved_at = self._wrote_at = time.monotonic()
         self._save_started: tuple[int, float] | None = None
         self._measured: dict[str, float] = {}
         self._state = WorkerState(generation=env.generation, pid=os.getpid())
@@ -84,6 +85,13 @@ class Reporter:
 
     def alive(self) -> None:
         """Something moves although no step is done."""
+        if time.monotonic() - self._wrote_at >= _ALIVE_SECONDS:
+            self._write()
+
+    def publishing(self) -> None:
+        """No step follows, also where the run stops early: what comes now takes its time."""
+        last = {"total_steps": self._state.progress.step, "eta_seconds": 0}
+        self._state = self._state.model_copy(update={"progress": self._state.progress.model_copy(update=last)})
         self._write()
 
     def save_due(self, session: Session, position: Position) -> bool:
@@ -159,6 +167,8 @@ class Reporter:
         )
 
     def _write(self) -> None:
+        self._wrote_at = time.monotonic()
+        self._state = self._state.model_copy(update={"activity": self._state.activity + 1})
         write_worker_state(self._env.run_dir, self._env.local_rank, self._state)
 
 

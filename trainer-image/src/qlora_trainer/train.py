@@ -28,7 +28,7 @@ from qlora_trainer.samples import SampleSet
 from qlora_trainer.session import Session, broadcast, make_ready, open_output, process_group, set_up
 
 ENV_CONFIG = "QLORA_CONFIG"
-_PARKED_SECONDS = 0.05  # between looks at the agent that is to end us
+_POLL_SECONDS = 0.05  # between looks at the agent that is to end us, or at an upload under way
 
 
 def main() -> None:
@@ -137,6 +137,7 @@ def _step(session: Session, position: Position, reporter: Reporter) -> list[bool
         loss.backward()
         optimizer.add_loss(loss)
         reporter.trace(micro, data.sequences)
+        reporter.alive()
     reporter.work.stop()
     optimizer.set_flags(*_wishes(session), reporter.save_due(session, position))
     faults.reach("all-reduce", step)
@@ -218,6 +219,9 @@ def _snapshot(session: Session, position: Position) -> None:
 def _save(session: Session, position: Position, reporter: Reporter) -> None:
     """Start a durable checkpoint; one that failed is told and tried again at the next interval."""
     started = time.monotonic()
+    while session.checkpoints.busy:
+        reporter.alive()
+        time.sleep(_POLL_SECONDS)
     error = session.checkpoints.collect(wait=True)
     reporter.saved(session, error)
     state, extra = session.optimizer.state(), position.to_extra(session)
@@ -240,12 +244,13 @@ def _park(session: Session, position: Position, reporter: Reporter, stop: bool) 
     reporter.parked(session, position)
     parent = os.getppid()
     while os.getppid() == parent:
-        time.sleep(_PARKED_SECONDS)
+        time.sleep(_POLL_SECONDS)
     raise Fenced("the agent is gone while this worker was parked")
 
 
 def _publish(session: Session, position: Position, reporter: Reporter) -> Artifacts:
     """Rank 0 writes, verifies and uploads the adapter; all ranks learn of it."""
+    reporter.publishing()
     try:
         session.checkpoints.finish()
     except StorageError as error:

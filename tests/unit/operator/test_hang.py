@@ -1,0 +1,58 @@
+"""When members that run and get nothing done count as hung."""
+
+from dataclasses import replace
+from math import inf
+from typing import Any
+
+from tests.unit.operator.build import SETTINGS, observed, pod, running, training
+
+from qlora_api.status import Progress
+from qlora_operator.decide import decide
+from qlora_operator.state import Observed
+
+P0, P1 = pod(0), pod(1)
+
+
+def test_hung_workers_are_restarted_and_counted() -> None:
+    status = training(P0, P1)
+    hung = observed([P0, P1], [running(P0), running(P1)], status, step_age=2000.0, generation_age=2000.0)
+    called = decide(hung, SETTINGS)
+    assert called.membership.prepare == 2 and called.status.restarts.failures == 0
+    slow = replace(hung, step_age=700.0, median_step=40.0)
+    assert decide(slow, SETTINGS).membership.prepare == 1, "twenty median steps are not over"
+    assert decide(replace(slow, median_step=1.0), SETTINGS).membership.prepare == 2
+
+
+def steady(**fields: Any) -> Observed:
+    """Two members that tell what they do between steps and have done some of 1 s, the last 200 s ago."""
+    telling = [running(p, step=50, activity=7) for p in (P0, P1)]
+    clocks = {"step_age": 200.0, "activity_age": 200.0, "generation_age": 2000.0, "median_step": 1.0}
+    return observed([P0, P1], telling, training(P0, P1), **{**clocks, "stepped_generation": 1, **fields})
+
+
+def test_workers_that_tell_what_they_do_are_known_to_hang_in_minutes() -> None:
+    assert decide(steady(), SETTINGS).membership.prepare == 2
+    assert decide(steady(), SETTINGS).requeue_after <= SETTINGS.resync_seconds
+    assert decide(steady(step_age=170.0), SETTINGS).membership.prepare == 1
+    assert decide(steady(activity_age=20.0), SETTINGS).membership.prepare == 1, "a long evaluation, a slow upload"
+    assert decide(steady(median_step=11.0), SETTINGS).membership.prepare == 1, "twenty median steps are not over"
+
+
+def test_workers_that_start_are_given_more_time() -> None:
+    assert decide(steady(stepped_generation=0), SETTINGS).membership.prepare == 1, "they may still compile"
+    assert decide(steady(generation_age=170.0), SETTINGS).membership.prepare == 1
+    late = {"step_age": 601.0, "activity_age": 601.0}
+    assert decide(steady(stepped_generation=0, **late), SETTINGS).membership.prepare == 2
+
+
+def test_trainers_that_do_not_tell_are_given_more_time() -> None:
+    """A trainer image from before `Report.activity`: an evaluation of minutes looks like a hang."""
+    silent = steady(activity_age=inf)
+    o = replace(silent, agents=(silent.agents[0], running(P1, step=50)))
+    assert decide(o, SETTINGS).membership.prepare == 1
+
+
+def test_the_end_of_a_run_takes_its_time() -> None:
+    o = steady()
+    done = [running(p, activity=7, progress=Progress(step=50, total_steps=50)) for p in (P0, P1)]
+    assert decide(replace(o, agents=tuple(done)), SETTINGS).membership.prepare == 1
