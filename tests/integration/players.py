@@ -47,6 +47,7 @@ class FakeAgent:
     joined: int = 0
     view: Membership = field(default_factory=Membership)
     termination: Termination | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -87,7 +88,7 @@ class FakeAgent:
             checkpoint=self._checkpoint(),
             termination=self.termination,
             artifacts=self._artifacts(),
-            metrics={"step_seconds": self.training.step_seconds},
+            metrics={"step_seconds": self.training.step_seconds, **self.metrics},
         )
         timeout = aiohttp.ClientTimeout(total=5)
         url, body = self.url + path, report.model_dump_json(by_alias=True)
@@ -153,6 +154,7 @@ class World:
     prepare_agent: Callable[[FakeAgent], None] = lambda agent: None
     warm_seconds: float = 0.2
     starts_containers: bool = True
+    node_of: Callable[[str], str] = lambda pod_name: f"node-{pod_name}"
     _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _bound: set[str] = field(default_factory=set)
 
@@ -193,7 +195,7 @@ class World:
             await self._start(pod)
 
     async def _bind(self, name: str) -> None:
-        target = {"apiVersion": "v1", "kind": "Node", "name": f"node-{name}"}
+        target = {"apiVersion": "v1", "kind": "Node", "name": self.node_of(name)}
         body = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": name}, "target": target}
         await self.kube.request("POST", f"{self.pods_path}/{name}/binding", body=body)
 
@@ -234,7 +236,7 @@ class World:
     def kill_node_of(self, name: str) -> None:
         """The pod stays in the API as it was, whatever becomes of it."""
         agent = self.agents[name]
-        self.dead_nodes.add(f"node-{name}")
+        self.dead_nodes.add(self.node_of(name))
         self.kill(agent.pod["metadata"]["uid"])
 
 

@@ -39,6 +39,10 @@ class Stage:
     def script(self, *faults: dict[str, object]) -> None:
         (self.folder / "faults").write_text("".join(json.dumps(fault) + "\n" for fault in faults))
 
+    def slow(self) -> dict[str, float]:
+        """Stragglers and the seconds that they work for a step; a loaded machine may make one of its own."""
+        return {straggler.pod_name: straggler.work_seconds for straggler in self.cluster.status.stragglers}
+
     def events(self, reason: str) -> list[str]:
         return [text for _, text in self.cluster.history if text.startswith(f"event {reason}:")]
 
@@ -70,11 +74,10 @@ def test_a_faulty_node_is_avoided_and_a_slow_one_told(stage: Stage) -> None:
         assert cluster.status.generation == 1
 
         stage.script({"id": "c", "point": "backward", "ranks": [1], "action": "delay:0.2"})
-        cluster.wait_for(lambda: bool(cluster.status.stragglers), SECONDS, "a straggler")
-        (straggler,) = cluster.status.stragglers
-        assert (straggler.pod_name, straggler.node_name) == ("chaos-1-2", "node-1") and straggler.work_seconds > 0.2
-        assert "chaos-1-2 on node node-1 works" in stage.events("Straggler")[-1]
+        cluster.wait_for(lambda: stage.slow().get("chaos-1-2", 0) > 0.2, SECONDS, "a straggler")
+        assert stage.slow().keys() == {"chaos-1-2"}
+        assert any("chaos-1-2 on node node-1 works" in event for event in stage.events("Straggler"))
         stage.script()
-        cluster.wait_for(lambda: not cluster.status.stragglers, SECONDS, "the straggler's recovery")
-        assert "chaos-1-2 keeps up again" in stage.events("StragglerRecovered")[-1]
+        cluster.wait_for(lambda: "chaos-1-2" not in stage.slow(), SECONDS, "the straggler's recovery")
+        assert any("chaos-1-2 keeps up again" in event for event in stage.events("StragglerRecovered"))
         assert cluster.status.generation == 1, "nothing was done about it"

@@ -23,6 +23,11 @@ def pod_name(run: str, index: int, incarnation: int) -> str:
     return f"{run}-{index}-{incarnation}"
 
 
+def place_of(pod: str) -> str:
+    """What the pods of one place have in common: their name without the incarnation."""
+    return pod.rpartition("-")[0]
+
+
 def config_name(run: str) -> str:
     """Name of the run's ConfigMap and ServiceAccount."""
     return f"{run}-qlora"

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
 
+from qlora_api import names
 from qlora_api.names import Reason
 from qlora_api.run import NEVER_RETRIED, ExitCode
 from qlora_api.status import FailureRecord, LastFailure, QLoRAFinetuneStatus, Restarts
@@ -113,9 +114,11 @@ def disruption(case: Case) -> Verdict | None:
 
 
 def same_incident(case: Case) -> Verdict | None:
-    """What befalls several pods at once counts once."""
+    """What befalls several pods at once counts once; a place whose next pod fails again is another matter."""
     ending, last = case.ending, case.status.last_failure
-    if last is None or (last.reason, last.step) != (ending.reason, ending.step) or last.pod_name == ending.pod_name:
+    if last is None or (last.reason, last.step) != (ending.reason, ending.step):
+        return None
+    if names.place_of(last.pod_name) == names.place_of(ending.pod_name):
         return None
     if case.now - last.time > timedelta(seconds=INCIDENT_SECONDS):
         return None

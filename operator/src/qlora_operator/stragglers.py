@@ -17,7 +17,7 @@ from statistics import median
 from qlora_api.status import Straggler
 
 RATIO, RECOVERED_RATIO = 1.5, 1.25
-LEAST_SECONDS = 0.02  # below it a step waits for the scheduler of its host, not for a node
+LEAST_SECONDS = 0.05  # below it a step waits for the scheduler of a loaded host, not for a node
 _WORTH_TELLING = 1.25  # a known straggler's ratio is written anew when it changed by this factor
 
 

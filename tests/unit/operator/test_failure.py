@@ -92,6 +92,7 @@ def test_what_befalls_several_pods_at_once_counts_once() -> None:
     status = QLoRAFinetuneStatus(last_failure=last)
     assert judge(exit_of(ExitCode.STORAGE, "r-1-0"), status=status).effect == "Ignore"
     assert judge(exit_of(ExitCode.STORAGE, "r-0-0"), status=status).effect == "Count"
+    assert judge(exit_of(ExitCode.STORAGE, "r-0-1"), status=status).effect == "Count", "the place's next pod"
     assert judge(exit_of(ExitCode.OUT_OF_MEMORY, "r-1-0"), status=status).effect == "Count"
     assert failure.judge((exit_of(ExitCode.STORAGE, "r-1-0"),), status, POLICY, ago(-60)).effect == "Count"
 
