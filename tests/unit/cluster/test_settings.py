@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from hack.cluster import settings
 
 
@@ -21,7 +20,7 @@ def other(tmp_path: Path) -> Iterator[Path]:
     """A cluster of another cache: a process that looks like its control plane, and the folder with its index."""
     folder = tmp_path / "theirs" / "clusters" / "other"
     folder.mkdir(parents=True)
-    (folder / "index").write_text("1")
+    (folder / "index").write_text("7")
     words = ["elsewhere/hack/cluster/init.sh", "other-control-plane", str(folder)]
     program = "print(flush=True); input()"
     process = subprocess.Popen(
@@ -35,12 +34,12 @@ def other(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_an_index_that_runs_elsewhere_is_not_given_again(cache, other):
-    assert settings.load("new", claim=True).index != 1
+    assert settings.load("new", claim=True).index != 7
 
 
 def test_a_cluster_whose_index_or_name_runs_elsewhere_is_refused(cache, other):
     (cache / "clusters" / "older").mkdir(parents=True)
-    (cache / "clusters" / "older" / "index").write_text("1")
+    (cache / "clusters" / "older" / "index").write_text("7")
     for name in ("older", "other"):
         with pytest.raises(ValueError, match=f"the cluster in {other} is in the way of {name}"):
             settings.load(name)
