@@ -5,7 +5,7 @@ The rules, first match wins (`RULES`):
 * an exit code that can't get better (bad spec, data, model, adapter) fails the run at once;
 * an end that was asked for (stopped, fenced, finished) is none;
 * ends that are nobody's fault (lost nodes, evictions, lost peers) are disruptions: free, counted apart;
-* the same failure of another pod a moment later belongs to the same incident;
+* the same failure at another place a moment later belongs to the same incident;
 * the same reason at the same step for the third time fails the run: trying again would end the same way;
 * more than maxFailures within windowSeconds fail the run;
 * everything else counts once and the run goes on.

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 
 from tests.unit.operator.simulated_agent import SimAgent
 
-from qlora_api.run import AgentState, Command, ExitCode, RunIdentity, Termination
+from qlora_api.run import NODE_FAULTS, AgentState, Command, ExitCode, RunIdentity, Termination
 from qlora_api.status import Member, QLoRAFinetuneStatus
 from qlora_api.types import ElasticPolicy, QLoRAFinetuneSpec
 from qlora_operator.conditions import is_over
@@ -29,8 +29,7 @@ WORKER_ENDS = (
     ExitCode.INTERNAL,
     ExitCode.OUT_OF_MEMORY,
     ExitCode.LOST_PEER,
-    ExitCode.CORRUPT_BASE,
-    ExitCode.FAULTY_NODE,
+    *sorted(NODE_FAULTS),
     ExitCode.BAD_DATA,
     ExitCode.STORAGE,
 )
