@@ -138,10 +138,9 @@ def load(name: str, claim: bool = False) -> Cluster:
             if claim:
                 (clusters / name).mkdir(exist_ok=True)
                 (clusters / name / "index").write_text(str(free[0]))
-    if other := elsewhere.get(claimed[name]):
-        raise ValueError(
-            f"the cluster in {other} has the addresses of {name}: take it down or set another CLUSTER_NAME"
-        )
+    # addresses follow from the index, cgroups from the name
+    if other := next((f for i, f in elsewhere.items() if i == claimed[name] or f.name == name), None):
+        raise ValueError(f"the cluster in {other} is in the way of {name}: take it down or set another CLUSTER_NAME")
     return Cluster(name, claimed[name])
 
 
