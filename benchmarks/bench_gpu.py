@@ -2,13 +2,15 @@
 
 Random weights of real shapes, made on the device. Every figure is one line of benchmarks/gpu.jsonl (date, commit,
 device, torch, name, value, unit, reference, reference_value) and one row of a dated table in benchmarks/results.md.
-A reference whose libraries are missing (Unsloth) is left out and said so. Options: --skip-references, --skip-70b.
+A reference whose libraries are missing (Unsloth) is left out and said so. Options: --groups, --folder.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -83,14 +85,14 @@ class Bench:
             **extra,
         }
 
-    def run(self, command: list[str], out: Path, limit: int, **extra: str) -> None:
-        """One worker group; its lines of JSON join the results (rank 0's, peaks of the worst rank)."""
+    def run(self, command: list[str], out: Path, limit: int, gpus: int = 1, **extra: str) -> None:
+        """One group of workers; its lines of JSON join the results (rank 0's, peaks of the worst rank)."""
         print("+", " ".join(command[-4:]), flush=True)
         log = out.with_suffix(".log")
         with open(log, "w") as stream:
-            code = self._wait(command, stream, limit, self.environment(**extra))
-        if code:
-            print(f"failed with {code}:\n{log.read_text()[-1500:]}", flush=True)
+            codes = self._wait(command, stream, limit, gpus, self.environment(**extra))
+        if any(codes):
+            print(f"failed with {codes}:\n{log.read_text()[-1500:]}", flush=True)
         for line in out.read_text().splitlines() if out.exists() else []:
             result = json.loads(line)
             known = self.results.setdefault(result["name"], result)
@@ -98,21 +100,27 @@ class Bench:
                 known[key] = max(known.get(key, 0), result.get(key, 0))
         print(json.dumps({n: _brief(r) for n, r in self.results.items()}), flush=True)
 
-    def _wait(self, command: list[str], stream: Any, limit: int, environment: dict[str, str]) -> int:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=self.folder)
-        try:
-            return process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
+    def _wait(self, command: list[str], stream: Any, limit: int, gpus: int, environment: dict[str, str]) -> list[int]:
+        """One process a GPU, as an agent starts its workers; their exit codes."""
+        group = {"WORLD_SIZE": str(gpus), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        processes = []
+        for rank in range(gpus):
+            own = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if gpus > 1 else {}
+            options: dict[str, Any] = {"stdout": stream, "stderr": subprocess.STDOUT, "cwd": self.folder}
+            processes.append(subprocess.Popen(command, env=environment | own, **options))
+        end = time.monotonic() + limit
+        while time.monotonic() < end and all(process.poll() is None for process in processes):
+            time.sleep(0.2)
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)  # the others of a group end with it
             process.kill()
-            return process.wait()
+        return [process.wait() for process in processes]
 
     def ours(self, name: str, cases: list[dict[str, Any]], gpus: int, limit: int = 240) -> None:
         file, out = self.folder / f"{name}.json", self.folder / f"{name}.jsonl"
         file.write_text(json.dumps(cases))
-        launch = [sys.executable]
-        if gpus > 1:
-            launch += ["-m", "torch.distributed.run", "--nproc_per_node", str(gpus)]
-        self.run([*launch, str(HERE / "gpu_worker.py"), str(file), str(out)], out, limit)
+        self.run([sys.executable, str(HERE / "gpu_worker.py"), str(file), str(out)], out, limit, gpus)
 
     def reference(self, name: str, model: Path, version: int, recompute: bool, steps: int) -> None:
         """TRL's SFTTrainer under FSDP1 or FSDP2, or (version 0) Unsloth on one card."""
@@ -129,6 +137,12 @@ class Bench:
         self.run(command, out, 200, REFERENCE_NAME=name)
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def _brief(result: dict[str, Any]) -> dict[str, Any]:
     return {key: result[key] for key in ("tok_s", "peak_gib", "load_s", "start_s", "error") if key in result}
 
@@ -136,48 +150,63 @@ def _brief(result: dict[str, Any]) -> dict[str, Any]:
 def case(name: str, size: str = "8b", steps: int = 12, **training: Any) -> dict[str, Any]:
     """A case of gpu_worker.py; `training` holds spec.training's fields, micro batch and length among them."""
     micro_batch, length = training.pop("micro_batch", 4), training.pop("length", 2048)
-    quantization = {"type": training.pop("quantization", "nf4")}
+    quantization, peers = {"type": training.pop("quantization", "nf4")}, training.pop("peers", "1")
     sections = {"training": {**training, "max_length": length}, "quantization": quantization}
     where = {"model_dir": size, "cache_dir": str(Path(size).parent / "cache")} if "/" in size else {"size": size}
-    return {"name": name, **where, "micro_batch": micro_batch, "length": length, "steps": steps, "sections": sections}
+    shape = {"micro_batch": micro_batch, "length": length, "steps": steps}
+    return {"name": name, **where, **shape, "peers": peers, "sections": sections}
 
 
-def run_all(bench: Bench, references: bool, large: bool) -> None:
+GROUPS = ("references", "single", "both", "load", "large")
+FAST = {"gradient_checkpointing": "none"}
+LEAN = {"gradient_checkpointing": "full"}
+SHARDED = {"sharding_strategy": "FULL_SHARD"}
+
+
+def run_all(bench: Bench, groups: list[str]) -> None:
     model = bench.folder / "llama-8b"
-    code = f"import pathlib, gpu_shapes; gpu_shapes.write_checkpoint(pathlib.Path({str(model)!r}), '8b')"
-    subprocess.run([sys.executable, "-c", code], check=True, env=bench.environment())
-    none, full, sharded = "none", "full", "FULL_SHARD"
-    single = [
-        case("single_fast", gradient_checkpointing=none, steps=16),
-        case("single_bf16", gradient_checkpointing=none, quantization=none),
-        case("single_lean", gradient_checkpointing=full),
-    ]
-    bench.ours("single", single, 1)
-    if references:
-        if importlib.util.find_spec("unsloth"):
-            bench.reference("unsloth_fast", model, 0, False, 14)
-            bench.reference("unsloth_lean", model, 0, True, 14)
-        else:
-            print("unsloth is not installed: its figures are left out")
-        bench.reference("fsdp1", model, 1, True, 9)
-        bench.reference("fsdp2", model, 2, False, 10)
-    both = [
-        case("8b_fast", gradient_checkpointing=none, sharding_strategy=sharded, steps=16),
-        case("8b_grad_op", gradient_checkpointing=none, sharding_strategy="SHARD_GRAD_OP", steps=16),
-        case("8b_lean", gradient_checkpointing=full, sharding_strategy=sharded),
-    ]
-    bench.ours("both", both, 2)
-    for name in ("load_cold", "load_warm"):
-        cold = case(name, str(model), 3, gradient_checkpointing=none, sharding_strategy=sharded)
-        bench.ours(name, [{**cold, "warm": 2}], 2)
-    if large:
-        deep = {"gradient_checkpointing": full, "sharding_strategy": sharded, "micro_batch": 1, "steps": 7}
+    if {"references", "load"} & set(groups):
+        code = f"import pathlib, gpu_shapes; gpu_shapes.write_checkpoint(pathlib.Path({str(model)!r}), '8b')"
+        subprocess.run([sys.executable, "-c", code], check=True, env=bench.environment())
+    if "references" in groups:
+        run_references(bench, model)
+    if "single" in groups:
+        single = [
+            case("single_fast", **FAST, steps=16),
+            case("single_bf16", **FAST, quantization="none"),
+            case("single_lean", **LEAN),
+        ]
+        bench.ours("single", single, 1)
+    if "both" in groups:
+        both = [
+            case("8b_fast", **FAST, **SHARDED, steps=16),
+            case("8b_replicated", **FAST, sharding_strategy="NO_SHARD", steps=16),
+            case("8b_fsdp2", **FAST, **SHARDED, steps=16, peers="0"),
+            case("8b_grad_op", **FAST, sharding_strategy="SHARD_GRAD_OP", steps=16),
+            case("8b_lean", **LEAN, **SHARDED),
+        ]
+        bench.ours("both", both, 2)
+    for name in ("load_cold", "load_warm") if "load" in groups else ():
+        bench.ours(name, [{**case(name, str(model), 3, **FAST, **SHARDED), "warm": 2}], 2)
+    if "large" in groups:
+        deep = {**SHARDED, "micro_batch": 1, "steps": 7}
         cases = [
-            case("70b_fast", "70b", **{**deep, "gradient_checkpointing": none}),
-            case("70b_memory", "70b", length=1024, **deep),
-            case("70b_offload", "70b", length=1024, cpu_offload=True, **deep),
+            case("70b_fast", "70b", **FAST, **deep),
+            case("70b_memory", "70b", length=1024, **LEAN, **deep),
+            case("70b_offload", "70b", length=1024, cpu_offload=True, **LEAN, **deep),
         ]
         bench.ours("large", cases, 2, 300)
+
+
+def run_references(bench: Bench, model: Path) -> None:
+    """Unsloth on one card, TRL's SFTTrainer under FSDP1 (the documented recipe) and FSDP2."""
+    if importlib.util.find_spec("unsloth"):
+        bench.reference("unsloth_fast", model, 0, False, 14)
+        bench.reference("unsloth_lean", model, 0, True, 14)
+    else:
+        print("unsloth is not installed: its figures are left out")
+    bench.reference("fsdp1", model, 1, True, 9)
+    bench.reference("fsdp2", model, 2, False, 10)
 
 
 def figures(results: dict[str, dict[str, Any]]) -> list[Figure]:
@@ -197,6 +226,7 @@ def figures(results: dict[str, dict[str, Any]]) -> list[Figure]:
     add("8b_fast", "8b_fast", "tok_s", "tok/s/GPU", "fsdp2")
     add("8b_fast_documented", "8b_fast", "tok_s", "tok/s/GPU", "fsdp1")
     add("8b_fast_memory", "8b_fast", "peak_gib", "GiB", "fsdp2")
+    add("8b_fsdp2_gather", "8b_fsdp2", "tok_s", "tok/s/GPU", "fsdp2")
     add("8b_grad_op", "8b_grad_op", "tok_s", "tok/s/GPU", "fsdp2")
     add("8b_lean", "8b_lean", "tok_s", "tok/s/GPU", "unsloth_lean")
     add("8b_lean_memory", "8b_lean", "peak_gib", "GiB", "unsloth_lean")
@@ -256,8 +286,7 @@ def publish(rows: list[Figure], results: dict[str, dict[str, Any]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--skip-references", action="store_true")
-    parser.add_argument("--skip-70b", action="store_true")
+    parser.add_argument("--groups", default=",".join(GROUPS), help="which to run, with commas between (default: all)")
     parser.add_argument("--folder", type=Path, help="working folder (17 GB); default: a temporary one")
     options = parser.parse_args()
     import torch
@@ -268,7 +297,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(options.folder or Path(temporary))
         bench.folder.mkdir(parents=True, exist_ok=True)
-        run_all(bench, not options.skip_references, not options.skip_70b)
+        run_all(bench, options.groups.split(","))
         rows = figures(bench.results)
         publish(rows, bench.results)
     return 0 if rows else 1

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,21 @@ def _weight(shape: torch.Size, device: str) -> Tensor:
 
 @dataclass(frozen=True)
 class RandomPacked(PackedModel):
-    """A packed model that exists nowhere: its bytes are drawn when they are read."""
+    """A packed model that exists nowhere: one layer's bytes, drawn once, stand for all."""
 
     device: torch.device
 
     def read_layer(self, index: int, start: int = 0, stop: int | None = None) -> Tensor:
-        layer = self.layers[index]
-        generator = torch.Generator(self.device).manual_seed(index)
+        return self._blob[start:stop]
+
+    def forget(self) -> None:
+        """Give the drawn bytes' memory back."""
+        self.__dict__.pop("_blob", None)
+
+    @cached_property
+    def _blob(self) -> Tensor:
+        layer = self.layers[0]
+        generator = torch.Generator(self.device).manual_seed(0)
         blob = torch.randint(0, 256, (layer.size,), dtype=torch.uint8, device=self.device, generator=generator)
         for stored in layer.linears.values():
             if self.scheme.type == "none":
@@ -94,7 +103,7 @@ class RandomPacked(PackedModel):
                 blob[stored.mean[0] : sum(stored.mean)].view(torch.float32).fill_(0.03)
             else:
                 blob[stored.absmax[0] : sum(stored.absmax)].view(torch.float32).fill_(0.03)
-        return blob[start:stop].clone()
+        return blob
 
     def read_rest(self, device: torch.device, on_host: str = "") -> dict[str, Tensor]:
         skeleton = build_skeleton(self.hf_config, self.scheme.dtype)

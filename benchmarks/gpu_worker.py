@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_shapes import random_packed, train_config
+from gpu_shapes import RandomPacked, random_packed, train_config
 from torch.distributed.device_mesh import init_device_mesh
 
 from qlora_trainer.loader import ensure_packed
 from qlora_trainer.model import TrainableModel, build_model
 from qlora_trainer.optim import Optimizer
+from qlora_trainer.peers import ENV_PEERS
 from qlora_trainer.quant import Scheme
+from qlora_trainer.sharding import peers_of
 
 T0 = float(os.environ["T0"])
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -92,15 +94,21 @@ def run_case(case: dict[str, Any], peak: Peak) -> dict[str, Any]:
         scheme = Scheme(quantization.type, quantization.double_quant, torch.bfloat16)
         packed = random_packed(case["size"], scheme, DEVICE, case.get("num_layers"))
     mesh = init_device_mesh(DEVICE.type, (WORLD_SIZE,)) if WORLD_SIZE > 1 or case.get("mesh") else None
+    os.environ[ENV_PEERS] = case.get("peers", "1")
     model = build_model(config, packed, mesh, DEVICE, case["micro_batch"])
+    if isinstance(packed, RandomPacked):
+        packed.forget()
     synchronize()
+    peers = peers_of(model.layers[0])
+    shared = peers.base.uncounted_bytes if peers is not None else 0
+    result["peers"] = peers is not None
     plan = model.plan
     result |= {"plan_gib": round(plan.gpu_bytes / GIB, 3), "sharding": plan.sharding}
     result["plan"] = {item: round(size / GIB, 3) for item, size in plan.gpu.items()}
     result |= {"load_s": round(time.time() - begun, 2), "host_gib": round(peak.gib, 2)}
     if CUDA:
-        result["load_peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
-        result["loaded_gib"] = round(torch.cuda.memory_allocated() / GIB, 2)
+        result["load_peak_gib"] = round((torch.cuda.max_memory_allocated() + shared) / GIB, 2)
+        result["loaded_gib"] = round((torch.cuda.memory_allocated() + shared) / GIB, 2)
     if "model_dir" in case:
         begun = time.time()
         model.verify()
@@ -110,7 +118,7 @@ def run_case(case: dict[str, Any], peak: Peak) -> dict[str, Any]:
     first = step(model, optimizer, case, 0)
     synchronize()
     if CUDA:
-        result["first_peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
+        result["first_peak_gib"] = round((torch.cuda.max_memory_allocated() + shared) / GIB, 2)
     result |= {"first_step_s": round(time.time() - begun, 2), "start_s": round(time.time() - T0, 2)}
     durations = []
     for number in range(1, case["steps"]):
@@ -127,8 +135,8 @@ def run_case(case: dict[str, Any], peak: Peak) -> dict[str, Any]:
     result |= {"loss": round(first, 4), "last_loss": round(last, 4), "host_steady_gib": round(anonymous_gib(), 2)}
     result["host_peak_gib"] = round(peak.gib, 2)
     if CUDA:
-        result["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
-        result["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
+        result["peak_gib"] = round((torch.cuda.max_memory_allocated() + shared) / GIB, 3)
+        result["reserved_gib"] = round((torch.cuda.max_memory_reserved() + shared) / GIB, 3)
     if case.get("profile"):
         result["profile"] = profile(lambda: step(model, optimizer, case, 999))
     return result

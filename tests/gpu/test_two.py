@@ -29,9 +29,10 @@ def test_bytes_survive_the_gather(results):
     assert results[2]["wrong_bytes"]["bf16"] > 0
 
 
-@pytest.mark.parametrize("case", ["FULL_SHARD", "SHARD_GRAD_OP", "offload"])
+@pytest.mark.parametrize("case", ["peers", "peers, recomputed", "FULL_SHARD", "SHARD_GRAD_OP", "offload"])
 def test_two_ranks_compute_what_one_does(case, results):
     assert results[2][case]["losses"] == pytest.approx(results[1]["NO_SHARD"]["losses"], rel=2e-3)
+    assert results[2][case]["peers"] == case.startswith("peers")
     assert results[2][case]["norm"] == pytest.approx(results[1]["NO_SHARD"]["norm"], rel=2e-2)
 
 

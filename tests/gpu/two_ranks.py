@@ -18,16 +18,21 @@ from torch.distributed.fsdp import fully_shard
 from qlora_trainer.loader import ensure_packed
 from qlora_trainer.model import build_model
 from qlora_trainer.optim import Optimizer
-from qlora_trainer.sharding import layer_bytes, packed_parameter, shard_layer, shard_root
+from qlora_trainer.peers import ENV_PEERS
+from qlora_trainer.sharding import open_layer, packed_parameter, peers_of, shard_layer, shard_root
 
+FULL = {"sharding_strategy": "FULL_SHARD"}
 NUM_MICRO, NUM_STEPS, NUM_BYTES = 4, 6, 1 << 26
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
 
-def train(folder: Path, training: dict[str, Any], mesh: DeviceMesh, first: int = 0) -> dict[str, Any]:
+def train(
+    folder: Path, training: dict[str, Any], mesh: DeviceMesh, first: int = 0, peers: bool = True
+) -> dict[str, Any]:
     """Steps `first`..NUM_STEPS; at step 3 one rank's state is saved, and a `first` of 3 starts from it."""
     config = train_config(training={**training, "warmup_ratio": 0, "lr_scheduler": "constant", "learning_rate": 1e-3})
+    os.environ[ENV_PEERS] = str(int(peers))
     model = build_model(config, ensure_packed(config, folder / "model", folder, DEVICE), mesh, DEVICE, 1)
     model.verify()
     optimizer = Optimizer(config, model.adapter, WORLD_SIZE)
@@ -49,7 +54,7 @@ def train(folder: Path, training: dict[str, Any], mesh: DeviceMesh, first: int =
         losses.append(optimizer.all_reduce()[0])
         norm = optimizer.step(step, NUM_STEPS)[0]
     model.verify()
-    return {"losses": losses, "norm": norm}
+    return {"losses": losses, "norm": norm, "peers": peers_of(model.layers[0]) is not None}
 
 
 def wrong_bytes(mesh: DeviceMesh) -> dict[str, int]:
@@ -72,7 +77,7 @@ def wrong_bytes(mesh: DeviceMesh) -> dict[str, int]:
             self.packed = packed_parameter(raw.clone())
 
         def forward(self, _: None) -> torch.Tensor:
-            return (layer_bytes(self) != raw).sum()
+            return (open_layer(self) != raw).sum()
 
     naive, layer = AsBf16(), Hooks()
     ours = nn.Sequential(layer)
@@ -92,10 +97,12 @@ def main(folder: Path) -> None:
     else:
         found = {
             "wrong_bytes": wrong_bytes(mesh),
-            "FULL_SHARD": train(folder, {"sharding_strategy": "FULL_SHARD"}, mesh),
+            "peers": train(folder, FULL, mesh),
+            "peers, recomputed": train(folder, {**FULL, "gradient_checkpointing": "full"}, mesh),
+            "FULL_SHARD": train(folder, FULL, mesh, peers=False),
             "SHARD_GRAD_OP": train(folder, {"sharding_strategy": "SHARD_GRAD_OP"}, mesh),
-            "offload": train(folder, {"sharding_strategy": "FULL_SHARD", "cpu_offload": True}, mesh),
-            "resumed": train(folder, {"sharding_strategy": "FULL_SHARD"}, mesh, first=3)["losses"],
+            "offload": train(folder, {**FULL, "cpu_offload": True}, mesh),
+            "resumed": train(folder, FULL, mesh, first=3)["losses"],
         }
     if RANK == 0:
         (folder / f"world-{WORLD_SIZE}.json").write_text(json.dumps(found))

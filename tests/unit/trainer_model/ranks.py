@@ -1,5 +1,9 @@
-"""One rank of a group, run as a script by test_sharding.py: two steps and an evaluation a configuration."""
+"""One rank of a group, run as a script by test_sharding.py: two steps and an evaluation a configuration.
 
+Where shards can be read by the peers they are; in configurations whose name starts with fsdp2, FSDP2 gathers them.
+"""
+
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,8 @@ from qlora_api.run import TrainConfig, parse_config
 from qlora_trainer.errors import CorruptBase
 from qlora_trainer.loader import ensure_packed
 from qlora_trainer.model import TrainableModel, build_model
+from qlora_trainer.peers import ENV_PEERS
+from qlora_trainer.sharding import own_part
 
 NUM_MICRO = 6  # of one global batch, whatever the number of ranks
 CPU = torch.device("cpu")
@@ -46,9 +52,10 @@ def train(config: TrainConfig, model_dir: Path, cache_dir: Path, rank: int, worl
 
 def damage(model: TrainableModel, mine: bool) -> str:
     """Flip a bit of this rank's part of layer 1, if it is `mine`; what `verify` then says on every rank."""
-    packed = model.layers[1].packed
-    local = packed.to_local() if model.sharded else packed
-    local.data_bytes[5] ^= int(mine)
+    dist.barrier()  # peers read without asking
+    if mine:
+        own_part(model.layers[1])[5] ^= 1
+    dist.barrier()
     try:
         model.verify()
     except CorruptBase as error:
@@ -61,6 +68,7 @@ if __name__ == "__main__":
     this_rank, ranks, port = map(int, sys.argv[4:7])
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=this_rank, world_size=ranks)
     for file in sys.argv[7:]:
+        os.environ[ENV_PEERS] = "0" if file.startswith("fsdp2") else "1"
         result = train(parse_config((folder / file).read_text()), model_folder, cache_folder, this_rank, ranks)
         torch.save(result, folder / f"{file}-{ranks}-{this_rank}.pt")
     dist.barrier()

@@ -179,7 +179,7 @@ def test_a_lone_rank_offloads_its_base(checkpoint, config_of, cache):
     whole = build(config_of(), checkpoint(), cache)
     try:
         offloaded = build(config_of(training={"cpu_offload": True}), checkpoint(), cache)
-        assert offloaded.sharded and offloaded.plan.cpu_offload and not whole.sharded
+        assert offloaded.plan.cpu_offload and not whole.plan.cpu_offload
         offloaded.verify()
         grads = []
         for model in (whole, offloaded):

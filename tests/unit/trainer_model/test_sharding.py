@@ -10,7 +10,12 @@ import torch
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 CASES = {
+    "fsdp2-full": {"training": {"sharding_strategy": "FULL_SHARD"}},
     "full": {"training": {"sharding_strategy": "FULL_SHARD"}},
+    "full-recompute-dropout": {
+        "training": {"sharding_strategy": "FULL_SHARD", "gradient_checkpointing": "full"},
+        "lora": {"dropout": 0.2},
+    },
     "grad-op-dropout": {"training": {"sharding_strategy": "SHARD_GRAD_OP"}, "lora": {"dropout": 0.2}},
     "offload-recompute": {
         "training": {"sharding_strategy": "FULL_SHARD", "cpu_offload": True, "gradient_checkpointing": "full"}
@@ -27,7 +32,7 @@ def results(checkpoint, config_of, tmp_path_factory):
     for case, sections in CASES.items():
         (folder / case).write_text(config_of(**sections).model_dump_json(by_alias=True))
     found = {}
-    for world_size, cases in ((1, list(CASES)), (2, list(CASES)), (3, ["full"])):
+    for world_size, cases in ((1, list(CASES)), (2, list(CASES)), (3, ["full", "fsdp2-full"])):
         run_ranks(folder, checkpoint(), world_size, cases)
         for case in cases:
             found[case, world_size] = [torch.load(folder / f"{case}-{world_size}-{r}.pt") for r in range(world_size)]
@@ -48,7 +53,7 @@ def run_ranks(folder, model_dir, world_size, cases):
         assert process.returncode == 0, errors
 
 
-@pytest.mark.parametrize(("case", "world_size"), [*((case, 2) for case in CASES), ("full", 3)])
+@pytest.mark.parametrize(("case", "world_size"), [*((case, 2) for case in CASES), ("full", 3), ("fsdp2-full", 3)])
 def test_any_number_of_ranks_computes_the_same(case, world_size, results):
     (one,), ranks = results[case, 1], results[case, world_size]
     for rank in ranks:
@@ -61,4 +66,5 @@ def test_any_number_of_ranks_computes_the_same(case, world_size, results):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_damaged_byte_stops_every_rank(world_size, results):
-    assert all("decoder layer 1" in rank["damaged"] for rank in results["full", world_size])
+    for case in ("full", "fsdp2-full"):
+        assert all("decoder layer 1" in rank["damaged"] for rank in results[case, world_size])

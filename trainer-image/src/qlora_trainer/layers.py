@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora_trainer import ops
 from qlora_trainer.lora import LayerState
-from qlora_trainer.sharding import layer_bytes
+from qlora_trainer.sharding import close_layer, open_layer, peers_of
 
 ENV_COMPILE = "QLORA_COMPILE"  # "0" or "1": overrides whether the layers are compiled
 Forwards = tuple[Callable[..., Any], Callable[..., Any]]
@@ -41,18 +41,37 @@ def _run_layer(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """A decoder layer's forward, inside FSDP2's hooks: hand the gathered bytes over, recompute if asked to.
+    """A decoder layer's forward, inside FSDP2's hooks if it has any: hand its bytes over, recompute if asked to.
 
     `forwards`: for training and for evaluation.
     """
-    state.blob = layer_bytes(layer)
+    state.blob = open_layer(layer)
     if not torch.is_grad_enabled():
-        return forwards[1](*args, **kwargs)
-    if not recompute:
-        return forwards[0](*args, **kwargs)
-    return checkpoint(
-        forwards[0], *args, use_reentrant=False, preserve_rng_state=False, context_fn=_recompute_contexts, **kwargs
-    )
+        output = forwards[1](*args, **kwargs)
+    elif recompute:
+        output = checkpoint(
+            forwards[0], *args, use_reentrant=False, preserve_rng_state=False, context_fn=_recompute_contexts, **kwargs
+        )
+    else:
+        output = forwards[0](*args, **kwargs)
+    close_layer(layer, forward=True)
+    if peers_of(layer) is not None and torch.is_grad_enabled():
+        _open_in_backward(layer, args[0], output if isinstance(output, Tensor) else output[0])
+    return output
+
+
+def _open_in_backward(layer: nn.Module, x: Tensor, y: Tensor) -> None:
+    """The backward pass comes to the layer with its output's gradient and leaves it with its input's."""
+
+    def come(_: Tensor) -> None:
+        open_layer(layer)
+
+    def leave(_: Tensor) -> None:
+        close_layer(layer, forward=False)
+
+    y.register_hook(come)
+    if x.requires_grad:
+        x.register_hook(leave)
 
 
 class _Recomputing:

@@ -30,7 +30,7 @@ class GroupPlan:
 
 
 class LayerState:
-    """What the linears of one layer share while it runs: the gathered bytes."""
+    """What the linears of one layer share while it runs: the whole layer's bytes."""
 
     blob: Tensor | None = None
 

@@ -25,8 +25,8 @@ from qlora_trainer.layers import compiles, set_forward
 from qlora_trainer.loader import PackedModel, discard_damaged
 from qlora_trainer.lora import Adapter, Group, LayerState
 from qlora_trainer.loss import IGNORED, chunked_loss, token_losses
-from qlora_trainer.quant import ALIGNMENT, FP_TYPES, fingerprint
-from qlora_trainer.sharding import gathered, mesh_of_one, packed_parameter, shard_layer, shard_root
+from qlora_trainer.quant import FP_TYPES, fingerprint
+from qlora_trainer.sharding import gathered, mesh_of_one, place_base
 from qlora_trainer.skeleton import CausalLM, build_skeleton, decoder_layers
 
 
@@ -49,7 +49,6 @@ class TrainableModel:
         self.hf_model, self.packed, self.adapter, self.config, self.device = hf_model, packed, adapter, config, device
         self.plan = plan
         self.layers = decoder_layers(hf_model)[1]
-        self.sharded = False
         self._step_seed = 0
         self._seeds = torch.tensor([[0, number] for number in range(len(adapter.groups))], device=device)
         for group, seeds in zip(adapter.groups, self._seeds, strict=True):
@@ -184,19 +183,11 @@ def build_model(
     groups = [Group(plan, tables, dtype, states[plan.layer], dora) for plan in plan_groups(spec.lora, packed)]
     replace_linears(layers, groups, dora)
     adapter = Adapter(groups, device, dtype, spec.training.seed, spec.lora.freeze_a, dora)
+    place_base(hf_model, layers, packed, mesh if sharded else None, plan, device)
     compiled = compiles(device)
-    for index, layer in enumerate(layers):
-        rank, size = (mesh.get_local_rank(), mesh.size()) if sharded and mesh is not None else (0, 1)
-        layer.packed = packed_parameter(_load_bytes(packed, index, rank, size, device))
-        if sharded:
-            assert mesh is not None
-            shard_layer(layer, mesh, plan.sharding, plan.cpu_offload, pin_memory=device.type == "cuda")
-        set_forward(layer, states[index], index < plan.recomputed_layers, compiled)
+    for index, (layer, state) in enumerate(zip(layers, states, strict=True)):
+        set_forward(layer, state, index < plan.recomputed_layers, compiled)
     model = TrainableModel(hf_model, packed, adapter, config, device, plan)
-    if sharded:
-        assert mesh is not None
-        shard_root(hf_model, layers, mesh)
-        model.sharded = True
     if compiled:
         model.compile_loss()
     if dora:
@@ -227,16 +218,6 @@ def _fill_rest(hf_model: CausalLM, rest: dict[str, Tensor], device: torch.device
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[leaf] = buffer.to(device)
-
-
-def _load_bytes(packed: PackedModel, index: int, rank: int, size: int, device: torch.device) -> Tensor:
-    """A layer's bytes on the device, padded to equal shards; only this rank's shard is read, the rest is undefined."""
-    shard = -(-packed.layers[index].size // (size * ALIGNMENT)) * ALIGNMENT
-    data_bytes = torch.empty(shard * size, dtype=torch.uint8, device=device)
-    own = packed.read_layer(index, rank * shard, (rank + 1) * shard)
-    data_bytes[rank * shard : rank * shard + own.numel()] = own
-    data_bytes[rank * shard + own.numel() : (rank + 1) * shard] = 0
-    return data_bytes
 
 
 def plan_for(

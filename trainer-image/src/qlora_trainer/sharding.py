@@ -1,8 +1,9 @@
-"""A decoder layer's packed bytes as one FSDP2-sharded parameter.
+"""A decoder layer's packed bytes, whole or in shards: where they are and how a layer gets them while it runs.
 
-Rules: the bytes travel as integers through FSDP2's tensor-subclass hooks. Viewed as bfloat16 they come back damaged on
-CUDA (NaN patterns are canonicalized on the way in: bitsandbytes#1945, pytorch#159333), and a plain uint8 parameter is
-refused; so `PackedBytes` wears a floating type outside and hands over its bytes.
+On one host the ranks read each other's shards (peers.py); else FSDP2 shards them, a layer's bytes being one parameter.
+Rules for that: the bytes travel as integers through FSDP2's tensor-subclass hooks. Viewed as bfloat16 they come back
+damaged on CUDA (NaN patterns are canonicalized on the way in: bitsandbytes#1945, pytorch#159333), and a plain uint8
+parameter is refused; so `PackedBytes` wears a floating type outside and hands over its bytes.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,9 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from qlora_api.footprint import Sharding
+from qlora_api.memory import Plan
+from qlora_trainer.loader import PackedModel
+from qlora_trainer.peers import PeerLayer, open_peers, part_size
 
 _KEEPS_BYTES = ("_to_copy", "new_zeros", "new_empty", "empty_like", "zeros_like")
 
@@ -100,23 +105,47 @@ def packed_parameter(data_bytes: Tensor) -> nn.Parameter:
     return nn.Parameter(PackedBytes(data_bytes), requires_grad=False)
 
 
-def layer_bytes(layer: nn.Module) -> Tensor:
-    """The whole layer's bytes (uint8, 1-D), while it is gathered."""
+def peers_of(layer: nn.Module) -> PeerLayer | None:
+    """How the layer's bytes are read from peers; None: they are a parameter of its own."""
+    return getattr(layer, "peers", None)
+
+
+def open_layer(layer: nn.Module) -> Tensor:
+    """The whole layer's bytes (uint8, 1-D): gathered by FSDP2, or read from the peers for use until `close_layer`."""
+    if (peers := peers_of(layer)) is not None:
+        return peers.open()
     packed = layer.packed
     assert isinstance(packed, PackedBytes), "the layer is not gathered"
     return packed.data_bytes
 
 
+def close_layer(layer: nn.Module, forward: bool) -> None:
+    """What reads the layer's bytes is queued; the pass goes on to the next layers or, backward, to those before."""
+    if (peers := peers_of(layer)) is not None:
+        peers.close(forward)
+
+
 @contextmanager
 def gathered(layer: nn.Module) -> Iterator[Tensor]:
-    """The whole layer's bytes outside a forward pass; a sharded layer is gathered for as long as this lasts."""
+    """The whole layer's bytes outside a forward pass; a sharded layer is gathered anew for as long as this lasts."""
+    if (peers := peers_of(layer)) is not None:
+        peers.base.forget()
     if isinstance(layer, FSDPModule):
         layer.unshard()
     try:
-        yield layer_bytes(layer)
+        yield open_layer(layer)
     finally:
         if isinstance(layer, FSDPModule):
             layer.reshard()
+
+
+def own_part(layer: nn.Module) -> Tensor:
+    """The bytes of a layer that this rank keeps."""
+    if (peers := peers_of(layer)) is not None:
+        return peers.own()
+    packed = layer.packed.to_local() if isinstance(layer.packed, DTensor) else layer.packed
+    assert isinstance(packed, PackedBytes)
+    return packed.data_bytes
 
 
 def backend_of(device_type: str) -> str:
@@ -145,3 +174,58 @@ def shard_root(module: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh)
     own = {id(layer.packed) for layer in layers}
     ignored = {parameter for parameter in module.parameters() if id(parameter) not in own}
     fully_shard(module, mesh=mesh, ignored_params=ignored)
+
+
+def place_base(
+    root: nn.Module,
+    layers: nn.ModuleList,
+    packed: PackedModel,
+    mesh: DeviceMesh | None,
+    plan: Plan,
+    device: torch.device,
+) -> None:
+    """Load the layers' bytes onto the device, sharded over the mesh as the plan says (None: whole).
+
+    Sets `layer.peers` or `layer.packed`. Only this rank's part is read.
+    """
+    sizes = [layer.size for layer in packed.layers]
+    peers = None
+    if mesh is not None and plan.sharding == "FULL_SHARD" and not plan.cpu_offload:
+        peers = open_peers(sizes, mesh, device)
+    numbers = list(range(len(layers)))
+    for batch in [[number] for number in numbers] if plan.cpu_offload else [numbers]:  # there all may be too much
+        parts = [peers.own(i) if peers else _empty(part_size(sizes[i], size_of(mesh)), device) for i in batch]
+        starts = [rank_of(mesh) * part.numel() for part in parts]
+        packed.load_layers((i, s, s + part.numel(), part) for i, s, part in zip(batch, starts, parts, strict=True))
+        for index in batch:
+            if peers is not None:
+                layers[index].peers = PeerLayer(peers, index)  # type: ignore[assignment] # no submodule
+            else:
+                _hand_over(layers[index], parts.pop(0), mesh, plan)
+    if peers is not None:
+        peers.seal()
+    elif mesh is not None:
+        shard_root(root, layers, mesh)
+
+
+def _hand_over(layer: nn.Module, part: Tensor, mesh: DeviceMesh | None, plan: Plan) -> None:
+    """Make this rank's part (with a mesh FSDP2's) the layer's parameter."""
+    if mesh is None:
+        layer.packed = packed_parameter(part)
+        return
+    whole = _empty(part.numel() * mesh.size(), part.device)
+    whole.chunk(mesh.size())[mesh.get_local_rank()].copy_(part)  # FSDP2 keeps this much of it
+    layer.packed = packed_parameter(whole)
+    shard_layer(layer, mesh, plan.sharding, plan.cpu_offload, pin_memory=part.is_cuda)
+
+
+def _empty(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def rank_of(mesh: DeviceMesh | None) -> int:
+    return 0 if mesh is None else mesh.get_local_rank()
+
+
+def size_of(mesh: DeviceMesh | None) -> int:
+    return 1 if mesh is None else mesh.size()
