@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 class Stage:
     """A cluster whose workers read scripted faults."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: float) -> None:
         self.folder = folder
         tiny.make_sources(folder)
         config = tiny.make_config(folder, "23456789", 100_000, 2, elasticPolicy={"minNodes": 2, "maxNodes": 2})
@@ -33,8 +33,9 @@ class Stage:
             "CHAOS_OUTPUT": f"file://{folder}/bucket",
             "PYTHONPATH": str(ROOT),
         }
-        settings = Settings(trainer_image="none", coordinator_url="http://none", start_wait_seconds=60.0)
-        self.cluster = LocalCluster(config, folder, environment, settings)
+        timing = {"start_wait_seconds": 60.0, **settings}
+        made = Settings(trainer_image="none", coordinator_url="http://none", **timing)  # type: ignore[arg-type]
+        self.cluster = LocalCluster(config, folder, environment, made)
 
     def script(self, *faults: dict[str, object]) -> None:
         (self.folder / "faults").write_text("".join(json.dumps(fault) + "\n" for fault in faults))
@@ -48,14 +49,31 @@ class Stage:
 
 
 @pytest.fixture
-def stage() -> Iterator[Stage]:
+def folder() -> Iterator[Path]:
     """In memory as RUN_DIR is, and short: the path of a Unix socket has at most 107 characters."""
     with tempfile.TemporaryDirectory(prefix="nodes-", dir="/dev/shm") as name:
-        yield Stage(Path(name))
+        yield Path(name)
 
 
-def test_a_faulty_node_is_avoided_and_a_slow_one_told(stage: Stage) -> None:
+def test_workers_that_hang_are_restarted_and_counted(folder: Path) -> None:
+    """One stands still between forward and backward, the other waits for it in the all-reduce: none tells anything."""
+    stage = Stage(folder, hang_floor_seconds=6.0)
+    cluster = stage.cluster
+    with cluster:
+        cluster.wait_for(lambda: cluster.status.progress.step > 5, SECONDS, "training")
+        stage.script({"id": "h", "point": "backward", "ranks": [1], "action": "hold"})
+        cluster.wait_for(lambda: cluster.status.generation == 2, SECONDS, "a new generation")
+        stood = cluster.status.progress.step
+        assert cluster.status.restarts.by_reason == {"Hung": 1}
+        last = cluster.status.last_failure
+        assert last is not None and "nothing was done for" in last.message and "hangFloorSeconds" in last.message
+        cluster.wait_for(lambda: cluster.status.progress.step > stood + 5, SECONDS, "training after it")
+        assert cluster.status.generation == 2 and len(cluster.status.members) == 2
+
+
+def test_a_faulty_node_is_avoided_and_a_slow_one_told(folder: Path) -> None:
     """One history, because every start of a pod imports torch."""
+    stage = Stage(folder)
     damage = {"point": "preflight-memory", "action": "damage"}
     stage.script({**damage, "id": "a", "pod": "chaos-1-0"}, {**damage, "id": "b", "pod": "chaos-1-1"})
     cluster = stage.cluster

@@ -133,6 +133,11 @@ def is_hung(o: Observed, settings: Settings) -> bool:
     return all_run(o) and quiet_seconds(o) > hang_limit(o, settings)
 
 
+def was_hung(o: Observed, settings: Settings) -> bool:
+    """The members had been quiet for too long when they were called; they stand now, and their end is judged."""
+    return o.prepare_age is not None and quiet_seconds(o) - o.prepare_age > hang_limit(o, settings)
+
+
 def quiet_seconds(o: Observed) -> float:
     """Since a step, an evaluation's batch or anything else was done under this generation."""
     return min(o.step_age, o.activity_age, o.generation_age)
@@ -255,7 +260,7 @@ def ends_of_generation(o: Observed, slots: Iterable[Slot], settings: Settings) -
         followed = someone_gone and agent.failure.exit_code == ExitCode.LOST_PEER
         if agent.failure_generation == o.status.generation and not followed:
             ends.append(exits.of_termination(pod.name, pod.node, agent.failure))
-    if is_hung(o, settings):
+    if is_hung(o, settings) or was_hung(o, settings):
         seconds = int(hang_limit(o, settings))
         ends.append(
             Ending("", "", Reason.HUNG, int(ExitCode.INTERNAL), f"nothing was done for {seconds} s.", step=_step(o))

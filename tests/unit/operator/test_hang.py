@@ -4,8 +4,9 @@ from dataclasses import replace
 from math import inf
 from typing import Any
 
-from tests.unit.operator.build import SETTINGS, observed, pod, running, training
+from tests.unit.operator.build import SETTINGS, agent, observed, pod, running, training
 
+from qlora_api.run import AgentState
 from qlora_api.status import Progress
 from qlora_operator.decide import decide
 from qlora_operator.state import Observed
@@ -18,6 +19,16 @@ def test_hung_workers_are_restarted_and_counted() -> None:
     hung = observed([P0, P1], [running(P0), running(P1)], status, step_age=2000.0, generation_age=2000.0)
     called = decide(hung, SETTINGS)
     assert called.membership.prepare == 2 and called.status.restarts.failures == 0
+    standing = [agent(p, AgentState.READY, 1, progress=Progress(step=5, total_steps=100)) for p in (P0, P1)]
+    later = {"step_age": 2001.0, "generation_age": 2001.0, "prepare_age": 1.0}
+    published = decide(replace(hung, agents=tuple(standing), **later), SETTINGS)
+    assert published.status.generation == 2 and published.status.restarts.by_reason == {"Hung": 1}
+    assert published.status.last_failure is not None and "nothing was done for" in published.status.last_failure.message
+    waited = {**later, "prepare_age": 1000.0}
+    calm = decide(replace(hung, agents=tuple(standing), **waited), SETTINGS)
+    assert calm.status.generation == 2 and calm.status.restarts.by_reason == {}, (
+        "they stood and waited, they did not hang"
+    )
     slow = replace(hung, step_age=700.0, median_step=40.0)
     assert decide(slow, SETTINGS).membership.prepare == 1, "twenty median steps are not over"
     assert decide(replace(slow, median_step=1.0), SETTINGS).membership.prepare == 2
