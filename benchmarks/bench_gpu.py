@@ -10,18 +10,20 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from gpu_table import figures, publish
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+UNSLOTH_PATH = os.environ.get("UNSLOTH_PATH", "")  # Unsloth's packages, where they are not beside ours
 FSDP_YAML = """
 compute_environment: LOCAL_MACHINE
 distributed_type: FSDP
@@ -55,17 +57,6 @@ fsdp_config:
 """
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One row: `reference` is another system of this run, or "" when it was not run."""
-
-    name: str
-    value: float
-    unit: str
-    reference: str = ""
-    reference_value: float | None = None
-
-
 class Bench:
     """Runs workers and collects what they wrote."""
 
@@ -74,7 +65,7 @@ class Bench:
         self.results: dict[str, dict[str, Any]] = {}
 
     def environment(self, **extra: str) -> dict[str, str]:
-        paths = [HERE, ROOT / "api/src", ROOT / "trainer-image/src", os.environ.get("PYTHONPATH", "")]
+        paths = [HERE, ROOT, ROOT / "api/src", ROOT / "trainer-image/src", os.environ.get("PYTHONPATH", "")]
         return {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
@@ -122,19 +113,26 @@ class Bench:
         file.write_text(json.dumps(cases))
         self.run([sys.executable, str(HERE / "gpu_worker.py"), str(file), str(out)], out, limit, gpus)
 
+    def recovery(self, model: Path) -> None:
+        out = self.folder / "recovery.jsonl"
+        command = [sys.executable, str(HERE / "gpu_recovery.py"), str(model), str(self.folder / "recovery"), str(out)]
+        self.run(command, out, 200)
+
     def reference(self, name: str, model: Path, version: int, recompute: bool, steps: int) -> None:
         """TRL's SFTTrainer under FSDP1 or FSDP2, or (version 0) Unsloth on one card."""
         out = self.folder / f"{name}.jsonl"
         arguments = [str(model), str(out), str(steps), str(int(recompute))]
         script = str(HERE / "gpu_reference.py")
+        extra = {"REFERENCE_NAME": name}
         if version == 0:
             command = [sys.executable, script, "unsloth", *arguments]
+            extra["PYTHONPATH"] = os.pathsep.join([UNSLOTH_PATH, self.environment()["PYTHONPATH"]])
         else:
             config = self.folder / f"fsdp{version}.yaml"
             config.write_text(FSDP_YAML + (FSDP1 if version == 1 else FSDP2))
             command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), script, "hf"]
             command += arguments
-        self.run(command, out, 200, REFERENCE_NAME=name)
+        self.run(command, out, 200, **extra)
 
 
 def _free_port() -> int:
@@ -157,7 +155,7 @@ def case(name: str, size: str = "8b", steps: int = 12, **training: Any) -> dict[
     return {"name": name, **where, **shape, "peers": peers, "sections": sections}
 
 
-GROUPS = ("references", "single", "both", "load", "large")
+GROUPS = ("references", "single", "both", "load", "recovery", "large")
 FAST = {"gradient_checkpointing": "none"}
 LEAN = {"gradient_checkpointing": "full"}
 SHARDED = {"sharding_strategy": "FULL_SHARD"}
@@ -165,29 +163,31 @@ SHARDED = {"sharding_strategy": "FULL_SHARD"}
 
 def run_all(bench: Bench, groups: list[str]) -> None:
     model = bench.folder / "llama-8b"
-    if {"references", "load"} & set(groups):
-        code = f"import pathlib, gpu_shapes; gpu_shapes.write_checkpoint(pathlib.Path({str(model)!r}), '8b')"
-        subprocess.run([sys.executable, "-c", code], check=True, env=bench.environment())
+    code = f"import pathlib, gpu_shapes; gpu_shapes.write_checkpoint(pathlib.Path({str(model)!r}), '8b')"
+    subprocess.run([sys.executable, "-c", code], check=True, env=bench.environment())
+    real = str(model)
     if "references" in groups:
         run_references(bench, model)
     if "single" in groups:
         single = [
-            case("single_fast", **FAST, steps=16),
+            case("single_fast", real, **FAST, steps=16),
             case("single_bf16", **FAST, quantization="none"),
-            case("single_lean", **LEAN),
+            case("single_lean", real, **LEAN),
         ]
         bench.ours("single", single, 1)
     if "both" in groups:
         both = [
-            case("8b_fast", **FAST, **SHARDED, steps=16),
-            case("8b_replicated", **FAST, sharding_strategy="NO_SHARD", steps=16),
-            case("8b_fsdp2", **FAST, **SHARDED, steps=16, peers="0"),
-            case("8b_grad_op", **FAST, sharding_strategy="SHARD_GRAD_OP", steps=16),
-            case("8b_lean", **LEAN, **SHARDED),
+            case("8b_fast", real, **FAST, **SHARDED, steps=16),
+            case("8b_fsdp2", real, **FAST, **SHARDED, steps=16, peers="0"),
+            case("8b_lean", real, **LEAN, **SHARDED),
         ]
         bench.ours("both", both, 2)
+    if "load" in groups:
+        shutil.rmtree(bench.folder / "cache", ignore_errors=True)
     for name in ("load_cold", "load_warm") if "load" in groups else ():
-        bench.ours(name, [{**case(name, str(model), 3, **FAST, **SHARDED), "warm": 2}], 2)
+        bench.ours(name, [{**case(name, real, 3, **FAST, **SHARDED), "warm": 2}], 2)
+    if "recovery" in groups:
+        bench.recovery(model)
     if "large" in groups:
         deep = {**SHARDED, "micro_batch": 1, "steps": 7}
         cases = [
@@ -200,88 +200,13 @@ def run_all(bench: Bench, groups: list[str]) -> None:
 
 def run_references(bench: Bench, model: Path) -> None:
     """Unsloth on one card, TRL's SFTTrainer under FSDP1 (the documented recipe) and FSDP2."""
-    if importlib.util.find_spec("unsloth"):
+    if importlib.util.find_spec("unsloth") or UNSLOTH_PATH:
         bench.reference("unsloth_fast", model, 0, False, 14)
         bench.reference("unsloth_lean", model, 0, True, 14)
     else:
         print("unsloth is not installed: its figures are left out")
     bench.reference("fsdp1", model, 1, True, 9)
     bench.reference("fsdp2", model, 2, False, 10)
-
-
-def figures(results: dict[str, dict[str, Any]]) -> list[Figure]:
-    """The table's rows that were measured."""
-    rows: list[Figure] = []
-
-    def add(name: str, of: str, key: str, unit: str, reference: str = "", scale: float = 1.0) -> None:
-        if key in results.get(of, {}):
-            other = results.get(reference, {}).get(key)
-            rows.append(Figure(name, round(results[of][key] * scale, 3), unit, reference if other else "", other))
-
-    def ratio(name: str, of: str, by: str, unit: str = "ratio", cost: bool = False) -> None:
-        if "tok_s" in results.get(of, {}) and "tok_s" in results.get(by, {}):
-            value = results[of]["tok_s"] / results[by]["tok_s"]
-            rows.append(Figure(name, round(100 * (1 - value) if cost else value, 3), unit, by, results[by]["tok_s"]))
-
-    add("8b_fast", "8b_fast", "tok_s", "tok/s/GPU", "fsdp2")
-    add("8b_fast_documented", "8b_fast", "tok_s", "tok/s/GPU", "fsdp1")
-    add("8b_fast_memory", "8b_fast", "peak_gib", "GiB", "fsdp2")
-    add("8b_fsdp2_gather", "8b_fsdp2", "tok_s", "tok/s/GPU", "fsdp2")
-    add("8b_grad_op", "8b_grad_op", "tok_s", "tok/s/GPU", "fsdp2")
-    add("8b_lean", "8b_lean", "tok_s", "tok/s/GPU", "unsloth_lean")
-    add("8b_lean_memory", "8b_lean", "peak_gib", "GiB", "unsloth_lean")
-    ratio("8b_single", "single_fast", "unsloth_fast")
-    add("8b_single_tokens", "single_fast", "tok_s", "tok/s/GPU", "unsloth_fast")
-    add("8b_single_lean", "single_lean", "tok_s", "tok/s/GPU", "unsloth_lean")
-    ratio("8b_sharding_cost", "8b_fast", "single_fast", "%", cost=True)
-    ratio("8b_nf4_vs_bf16", "single_fast", "single_bf16")
-    add("70b", "70b_fast", "tok_s", "tok/s/GPU")
-    add("70b_peak", "70b_fast", "peak_gib", "GiB")
-    add("70b_memory", "70b_memory", "peak_gib", "GiB")
-    add("70b_memory_offload", "70b_offload", "peak_gib", "GiB")
-    add("host_memory", "8b_fast", "host_peak_gib", "GiB")
-    add("load_peak", "load_cold", "load_peak_gib", "GiB")
-    add("load_seconds", "load_cold", "load_s", "s")
-    add("load_seconds_cached", "load_warm", "load_s", "s")
-    add("start_seconds", "load_warm", "start_s", "s", "fsdp1")
-    return rows
-
-
-def publish(rows: list[Figure], results: dict[str, dict[str, Any]]) -> None:
-    """Append to gpu.jsonl and results.md, print the table."""
-    import torch
-
-    now = datetime.now(UTC)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    revision = commit.stdout.strip() or os.environ.get("COMMIT", "unknown")
-    device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    common = {"date": now.strftime("%Y-%m-%d"), "commit": revision, "device": device, "torch": torch.__version__}
-    with open(HERE / "gpu.jsonl", "a") as file:
-        for row in rows:
-            line = {**common, "name": row.name, "value": row.value, "unit": row.unit}
-            file.write(json.dumps({**line, "reference": row.reference, "reference_value": row.reference_value}) + "\n")
-    lines = [
-        f"\n## GPU, {now:%Y-%m-%d %H:%M} UTC, {device}, torch {torch.__version__}, commit {revision}\n",
-        "Llama 8B and 70B shapes, random weights, r = 16 on all linears, NF4 with double quantization, seq 2048, micro"
-        " batch 4 (70B: 1).\n",
-        "| figure | value | unit | reference of the same run | its value |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| `{r.name}` | {r.value} | {r.unit} | {r.reference or '-'} | {r.reference_value or '-'} |" for r in rows
-    ]
-    planned = [r for r in results.values() if "plan_gib" in r and "peak_gib" in r]
-    lines += ["\n| memory plan | planned GiB | measured GiB | off by |", "|---|---|---|---|"]
-    lines += [
-        f"| {r['name']} | {r['plan_gib']} | {r['peak_gib']} | {100 * (r['plan_gib'] / r['peak_gib'] - 1):+.1f} % |"
-        for r in planned
-    ]
-    text = "\n".join(lines) + "\n"
-    with open(HERE / "results.md", "a") as file:
-        file.write(text)
-    print(text)
 
 
 def main() -> int:

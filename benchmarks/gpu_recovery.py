@@ -24,12 +24,14 @@ from qlora_trainer.control import WorkerEnv
 
 LENGTH, NUM_SAMPLES = 2048, 128
 WARM_STEPS = 12  # before the kill: two checkpoints are done by then
+SAVES = {"stall": "checkpoint_stall_seconds", "durable": "checkpoint_seconds"}
+BARE = "without-snapshots"  # a file beside the pods' folders: what snapshots cost a step
 LIMIT = 150.0  # seconds for anything
 
 
 def timed_work(config: TrainConfig, env: WorkerEnv) -> None:
     """A worker that says when it has done what."""
-    from qlora_trainer import session, train
+    from qlora_trainer import loader, model, session, sharding, train
 
     begun = time.time()
 
@@ -44,11 +46,15 @@ def timed_work(config: TrainConfig, env: WorkerEnv) -> None:
         return call
 
     for module, name in (
-        (session, "_join"), (session, "prepare"), (session, "build_model"), (session, "open_output"),
-        (train, "set_up"), (train, "restore"), (train, "_step"), (train, "_save"),
+        (session, "_join"), (session, "prepare"), (session, "load_tokenizer"), (session, "ensure_samples"),
+        (session, "ensure_packed"), (session, "ensure_model"), (session, "build_model"), (model, "build_skeleton"),
+        (model, "plan_for"), (model, "Adapter"), (model, "place_base"), (sharding, "open_peers"),
+        (loader.PackedModel, "load_layers"), (loader.PackedModel, "read_rest"), (model.TrainableModel, "verify"),
+        (train, "set_up"), (train, "restore"), (train, "_step"), (train, "_save"), (train, "_snapshot"),
     ):  # fmt: skip
         setattr(module, name, timed(name, getattr(module, name)))
-    session.TrainableModel.verify = timed("verify", session.TrainableModel.verify)  # type: ignore[method-assign]
+    if (env.run_dir.parent / BARE).exists():
+        train._snapshot = lambda session, position: None
     train.work(config, env)
 
 
@@ -113,7 +119,15 @@ def measure(world: World) -> dict[str, Any]:
         result["restart_s"] = round(time.monotonic() - begun, 2)
         world.kill()
         print(json.dumps(result), flush=True)
-    return result
+    (world.root / BARE).touch()
+    world.start([0, 1])
+    wait_for(world, 1)
+    wait_for(world, step_of(world) + WARM_STEPS)
+    state = world.state(0)
+    assert state is not None
+    world.kill()
+    saves = {f"save_{short}_s": result["metrics"][name] for short, name in SAVES.items()}
+    return result | saves | {"bare_step_s": state.metrics["step_seconds"]}
 
 
 def main() -> None:

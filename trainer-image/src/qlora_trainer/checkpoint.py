@@ -8,6 +8,7 @@ The key carries the generation and the manifest is written with If-None-Match: w
 
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -65,6 +66,7 @@ class _StoreWriter(HuggingFaceStorageWriter):
 
     def __init__(self, staging: Path, store: ObjectStore, manifest: Manifest, keep: int) -> None:
         super().__init__(str(staging), save_distributed=True)
+        self.sync_files = False  # read back at once and then deleted: it need not survive a crash
         self._staging, self._store, self._manifest, self._keep = staging, store, manifest, keep
 
     def write_data(self, plan: Any, planner: Any) -> "torch.futures.Future[list[WriteResult]]":
@@ -79,8 +81,10 @@ class _StoreWriter(HuggingFaceStorageWriter):
     def _upload(self, name: str) -> FileRecord:
         path = self._staging / name
         folder = checkpoint_key(self._manifest.step, self._manifest.generation)
-        self._store.put(f"{folder}/{name}", path)
-        record = FileRecord(name=name, size=path.stat().st_size, sha256=sha256_of(path))
+        with ThreadPoolExecutor(1) as beside:
+            digest = beside.submit(sha256_of, path)
+            self._store.put(f"{folder}/{name}", path)
+        record = FileRecord(name=name, size=path.stat().st_size, sha256=digest.result())
         path.unlink()
         return record
 
@@ -103,7 +107,9 @@ class CheckpointWriter:
         self._store, self._keep, self._mesh, self._group = store, keep, mesh, group
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: tuple[Manifest, Future[None]] | None = None
+        self._pinned: dict[str, Tensor] = {}  # what comes from a GPU, kept: new memory would cost more than the copies
         self.newest: CheckpointStatus | None = None
+        self.seconds = 0.0  # from `save` to the manifest, of the newest
         self.num_failures = 0  # in a row
 
     @property
@@ -121,23 +127,35 @@ class CheckpointWriter:
         parts = {name: _part(tensor, self._mesh) for name, tensor in state.items()}
         on_gpu = next((part.device for part in parts.values() if part.is_cuda), None)
         copied = torch.cuda.current_stream(on_gpu).record_event() if on_gpu else None
-        self._pending = (manifest, self._thread.submit(self._write, manifest, parts, on_gpu, copied))
+        self._pending = (manifest, self._thread.submit(self._write, manifest, parts, on_gpu, copied, time.monotonic()))
 
     def _write(
-        self, manifest: Manifest, parts: dict[str, Tensor], gpu: torch.device | None, copied: torch.cuda.Event | None
+        self,
+        manifest: Manifest,
+        parts: dict[str, Tensor],
+        gpu: torch.device | None,
+        copied: torch.cuda.Event | None,
+        started: float,
     ) -> None:
         """In the thread: this rank's parts to the CPU, and with the other ranks' threads into the store."""
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as staging:
             with torch.cuda.stream(torch.cuda.Stream(gpu)) if gpu else nullcontext():  # training's stream stays free
                 if copied is not None:
                     copied.wait()
-                sliced = {name: self._on_cpu(part, manifest.tensors[name][1]) for name, part in parts.items()}
+                sliced = {name: self._on_cpu(name, part, manifest.tensors[name][1]) for name, part in parts.items()}
+                if gpu:
+                    torch.cuda.current_stream(gpu).synchronize()
             parts.clear()
             writer = _StoreWriter(Path(staging), self._store, manifest, self._keep)
             save_state_dict(sliced, storage_writer=writer, process_group=self._group, no_dist=self._mesh is None)
+        self.seconds = time.monotonic() - started
 
-    def _on_cpu(self, part: Tensor, shape: list[int]) -> Tensor:
-        local = part.to("cpu")
+    def _on_cpu(self, name: str, part: Tensor, shape: list[int]) -> Tensor:
+        local = part
+        if part.is_cuda:
+            if name not in self._pinned or self._pinned[name].shape != part.shape:
+                self._pinned[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+            local = self._pinned[name].copy_(part, non_blocking=True)
         if self._mesh is None or not _is_sliced(shape):
             return local
         return DTensor.from_local(local, self._mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=(1,))

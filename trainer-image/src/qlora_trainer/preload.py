@@ -17,9 +17,11 @@ die_with_parent()
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # is_available() without a CUDA context
 
 _OURS = ("qlora_trainer.pod_agent", os.environ.get(ENV_WORKER, DEFAULT_WORKER).partition(":")[0])
-_LATE = ("torch._dynamo", "transformers", "accelerate", "matplotlib.figure")  # imported in use
+_IN_USE = ("torch._dynamo", "transformers", "accelerate", "matplotlib.figure")  # else imported when needed
+_AUTO = tuple(f"transformers.models.auto.{name}" for name in ("tokenization_auto", "modeling_auto", "auto_factory"))
 _CPU_ONLY = ("peft", "bitsandbytes")  # where there is a GPU, bitsandbytes asks it for its capability: a CUDA context
-for _name in (*_OURS, *_LATE, *(() if has_gpu() else _CPU_ONLY)):
+_GPU_ONLY = ("torch._inductor.compile_fx", "qlora_trainer.kernels", "transformers.integrations.sdpa_attention")
+for _name in (*_OURS, *_IN_USE, *_AUTO, *(_GPU_ONLY if has_gpu() else _CPU_ONLY)):
     importlib.import_module(_name)
 assert not torch.cuda.is_initialized(), "a preloaded module made a CUDA context: forked workers could not use the GPU"
 gc.collect()

@@ -133,7 +133,7 @@ class Reporter:
             print(f"checkpoint failed, training goes on: {error}", flush=True)
         newest = session.checkpoints.newest
         if newest and self._save_started and newest.step == self._save_started[0]:
-            self._measured["checkpoint_seconds"] = time.monotonic() - self._save_started[1]
+            self._measured["checkpoint_seconds"] = session.checkpoints.seconds
             self._measured["checkpoint_failures"] = 0.0
             self._save_started = None
 
