@@ -6,6 +6,7 @@ writes and uploads its slice of each flat tensor in a thread of its own; a check
 The key carries the generation and the manifest is written with If-None-Match: what is complete is never overwritten.
 """
 
+import json
 import shutil
 import tempfile
 import time
@@ -13,7 +14,6 @@ import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,12 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 from torch import Tensor
+from torch.distributed.checkpoint._hf_utils import (
+    CUSTOM_METADATA_KEY,
+    DCP_VERSION_KEY,
+    HF_DCP_VERSION,
+    SAVED_OFFSETS_KEY,
+)
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
@@ -35,6 +41,7 @@ from qlora_trainer import faults
 from qlora_trainer.errors import StorageError, TrainerError
 from qlora_trainer.sources import sha256_of
 from qlora_trainer.storage import ObjectStore, read_bytes
+from qlora_trainer.weights import write_safetensors
 
 FORMAT = 1
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is what is meant
@@ -66,17 +73,24 @@ class _StoreWriter(HuggingFaceStorageWriter):
 
     def __init__(self, staging: Path, store: ObjectStore, manifest: Manifest, keep: int) -> None:
         super().__init__(str(staging), save_distributed=True)
-        self.sync_files = False  # read back at once and then deleted: it need not survive a crash
         self._staging, self._store, self._manifest, self._keep = staging, store, manifest, keep
 
     def write_data(self, plan: Any, planner: Any) -> "torch.futures.Future[list[WriteResult]]":
-        results = super().write_data(plan, planner).wait()
-        names = sorted({result.storage_data.relative_path for result in results})
-        faults.reach("upload", self._manifest.step)
-        records = {name: self._upload(name) for name in names}
+        results = self._write_and_upload(plan.items, planner, plan.storage_data["shard_index"]) if plan.items else []
         done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
-        done.set_result([replace(r, storage_data=records[r.storage_data.relative_path]) for r in results])
+        done.set_result(results)
         return done
+
+    def _write_and_upload(self, items: list[Any], planner: Any, shard: int) -> list[WriteResult]:
+        """The same file as the base class would write, but in pieces, so that the training thread goes on."""
+        tensors = {item.index.fqn: planner.resolve_data(item).detach() for item in items}
+        offsets = {item.index.fqn: {SAVED_OFFSETS_KEY: item.tensor_data.chunk.offsets} for item in items}
+        metadata = {CUSTOM_METADATA_KEY: json.dumps(offsets), DCP_VERSION_KEY: str(HF_DCP_VERSION), "format": "pt"}
+        name = f"shard-{shard:05d}.safetensors"
+        write_safetensors(self._staging / name, ((n, t, t.dtype) for n, t in tensors.items()), metadata)
+        faults.reach("upload", self._manifest.step)
+        record = self._upload(name)
+        return [WriteResult(item.index, tensors[item.index.fqn].nbytes, record) for item in items]
 
     def _upload(self, name: str) -> FileRecord:
         path = self._staging / name

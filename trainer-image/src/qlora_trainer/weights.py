@@ -1,9 +1,10 @@
 """Tensors of safetensors files by name: mapped into host memory, or read onto a GPU through the staging threads."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -66,10 +67,16 @@ def read_tensors(places: dict[str, Place], stager: Stager) -> dict[str, Tensor]:
     return tensors
 
 
-def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor, torch.dtype]]) -> None:
-    """Write (name, contiguous tensor on any device, type in the file) one piece at a time: never a copy of a tensor."""
+def write_safetensors(
+    path: Path, tensors: Iterable[tuple[str, Tensor, torch.dtype]], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write (name, contiguous tensor on any device, type in the file) one piece at a time.
+
+    Never a copy of a tensor, and other threads run on: the library's own `save` holds the interpreter until it is done.
+    """
     ordered = sorted(tensors, key=lambda item: -item[2].itemsize)  # each aligned to its own type's size
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
     for name, tensor, dtype in ordered:
         begin, end = end, end + tensor.numel() * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
