@@ -15,8 +15,8 @@ from .images import seed
 from .settings import CACHE, Cluster
 
 _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_CHROOT": 18, "CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21, "CAP_MKNOD": 27}
-_BINARIES_GB = 7  # Go's caches and the binaries; peaks included
-_IMAGES_GB = 28  # buildah's store, the seed and what is in between
+_BINARIES_GB = 10  # Go's caches and the binaries at their peak; 1 GB of it stays
+_IMAGES_GB = 28  # buildah's store, the seed and what is in between, and those binaries
 _BUILDAH_GB = 15  # buildah's part of it
 ELSEWHERE = (
     "Use an existing cluster instead, the one of the current kubectl context:\n"
@@ -83,7 +83,7 @@ def _disk(programs: Sequence[str], images_gb: int) -> list[str]:
     """Too little room for what the cache doesn't hold yet."""
     built = all(build.program(name).exists() for name in programs)
     imported = any("qlora-trainer" in image for image in seed.images())
-    needed = (0 if built else _BINARIES_GB) + (0 if imported else images_gb) + 1
+    needed = max(0 if built else _BINARIES_GB, 0 if imported else images_gb) + 1  # one after the other
     CACHE.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(CACHE).free / 1e9
     if free >= needed:
