@@ -155,7 +155,8 @@ def case(name: str, size: str = "8b", steps: int = 12, **training: Any) -> dict[
     return {"name": name, **where, **shape, "peers": peers, "sections": sections}
 
 
-GROUPS = ("references", "single", "both", "load", "recovery", "large")
+REFERENCES = ("unsloth_fast", "unsloth_lean", "fsdp1", "fsdp2")
+GROUPS = (*REFERENCES, "single", "both", "load", "recovery", "large")
 FAST = {"gradient_checkpointing": "none"}
 LEAN = {"gradient_checkpointing": "full"}
 SHARDED = {"sharding_strategy": "FULL_SHARD"}
@@ -166,8 +167,7 @@ def run_all(bench: Bench, groups: list[str]) -> None:
     code = f"import pathlib, gpu_shapes; gpu_shapes.write_checkpoint(pathlib.Path({str(model)!r}), '8b')"
     subprocess.run([sys.executable, "-c", code], check=True, env=bench.environment())
     real = str(model)
-    if "references" in groups:
-        run_references(bench, model)
+    run_references(bench, model, groups)
     if "single" in groups:
         single = [
             case("single_fast", real, **FAST, steps=16),
@@ -177,7 +177,7 @@ def run_all(bench: Bench, groups: list[str]) -> None:
         bench.ours("single", single, 1)
     if "both" in groups:
         both = [
-            case("8b_fast", real, **FAST, **SHARDED, steps=16),
+            {**case("8b_fast", real, **FAST, **SHARDED, steps=16), "profile": True},
             case("8b_fsdp2", real, **FAST, **SHARDED, steps=16, peers="0"),
             case("8b_lean", real, **LEAN, **SHARDED),
         ]
@@ -198,15 +198,18 @@ def run_all(bench: Bench, groups: list[str]) -> None:
         bench.ours("large", cases, 2, 300)
 
 
-def run_references(bench: Bench, model: Path) -> None:
+def run_references(bench: Bench, model: Path, groups: list[str]) -> None:
     """Unsloth on one card, TRL's SFTTrainer under FSDP1 (the documented recipe) and FSDP2."""
-    if importlib.util.find_spec("unsloth") or UNSLOTH_PATH:
-        bench.reference("unsloth_fast", model, 0, False, 14)
-        bench.reference("unsloth_lean", model, 0, True, 14)
-    else:
-        print("unsloth is not installed: its figures are left out")
-    bench.reference("fsdp1", model, 1, True, 9)
-    bench.reference("fsdp2", model, 2, False, 10)
+    installed = importlib.util.find_spec("unsloth") or UNSLOTH_PATH
+    for name in REFERENCES:
+        if name not in groups:
+            continue
+        if name.startswith("unsloth") and not installed:
+            print("unsloth is not installed: its figures are left out")
+        elif name.startswith("unsloth"):
+            bench.reference(name, model, 0, name == "unsloth_lean", 14)
+        else:
+            bench.reference(name, model, int(name[-1]), name == "fsdp1", 10)
 
 
 def main() -> int:
