@@ -170,7 +170,7 @@ def run_all(bench: Bench, groups: list[str]) -> None:
     run_references(bench, model, groups)
     if "single" in groups:
         single = [
-            case("single_fast", real, **FAST, steps=16),
+            {**case("single_fast", real, **FAST, steps=16), "profile": True},
             case("single_bf16", **FAST, quantization="none"),
             case("single_lean", real, **LEAN),
         ]
