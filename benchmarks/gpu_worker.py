@@ -71,18 +71,10 @@ def step(model: TrainableModel, optimizer: Optimizer, case: dict[str, Any], numb
     return total
 
 
-def _import_model_code() -> None:
-    """Imports are no part of loading; a worker forked from the warm server has them behind it."""
-    from accelerate import init_empty_weights  # noqa: F401
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
-
-
 def run_case(case: dict[str, Any], peak: Peak) -> dict[str, Any]:
     result: dict[str, Any] = {"name": case["name"], "rank": RANK, "world_size": WORLD_SIZE}
     config = train_config(**case.get("sections", {}))
     result["ready_s"] = round(time.time() - T0, 2)
-    _import_model_code()
-    result["imported_s"] = round(time.time() - T0, 2)
     begun = time.time()
     peak.gib = 0.0
     if CUDA:
@@ -182,6 +174,8 @@ def gaps(profiler: Any) -> dict[str, Any]:
 
 
 def main(cases_file: str, out: str) -> None:
+    import qlora_trainer.preload  # noqa: F401 - what a forked worker has in memory is no part of loading
+
     if CUDA:
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ:
