@@ -54,8 +54,8 @@ def run(side: str, folder: Path, steps: int, length: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="folder of a causal LM in safetensors")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512, help="tokens a sequence")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

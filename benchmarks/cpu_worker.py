@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 MICRO_BATCH, WARM = 2, 1
-LENGTH = int(os.environ.get("BENCH_LENGTH", "512"))  # tokens a sequence
+LENGTH = int(os.environ.get("BENCH_LENGTH", "256"))  # tokens a sequence
 
 
 class Peak(threading.Thread):
