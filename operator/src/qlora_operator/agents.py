@@ -130,12 +130,17 @@ def view_of(o: Observed, slots: list[Slot], settings: Settings) -> View:
 
 def is_hung(o: Observed, settings: Settings) -> bool:
     """All members run, none of them gets anything done."""
-    return all_run(o) and quiet_seconds(o) > hang_limit(o, settings)
+    return all_run(o, settings) and quiet_seconds(o) > hang_limit(o, settings)
 
 
 def was_hung(o: Observed, settings: Settings) -> bool:
-    """The members had been quiet for too long when they were called; they stand now, and their end is judged."""
-    return o.prepare_age is not None and quiet_seconds(o) - o.prepare_age > hang_limit(o, settings)
+    """The members had been quiet for too long when they were called; they stand now, and their end is judged.
+
+    Where none of them is alive (a first start, a resumed run, all nodes lost) nobody was quiet: nobody was there.
+    """
+    if o.prepare_age is None or not any(is_alive(agent, settings) for agent in _heard_members(o)):
+        return False
+    return quiet_seconds(o) - o.prepare_age > hang_limit(o, settings)
 
 
 def quiet_seconds(o: Observed) -> float:
@@ -143,15 +148,11 @@ def quiet_seconds(o: Observed) -> float:
     return min(o.step_age, o.activity_age, o.generation_age)
 
 
-def all_run(o: Observed) -> bool:
-    """Every member reports that its workers of this generation run."""
-    generation = o.status.generation
-    running = {
-        agent.pod_uid
-        for agent in o.agents
-        if agent.report.state == AgentState.RUNNING and agent.report.generation == generation
-    }
-    return generation > 0 and all(member.pod_uid in running for member in o.status.members)
+def all_run(o: Observed, settings: Settings) -> bool:
+    """Every member is alive and reports that its workers of this generation run."""
+    heard = [agent for agent in _heard_members(o) if is_alive(agent, settings)]
+    running = {agent.pod_uid for agent in heard if agent.report.state == AgentState.RUNNING}
+    return o.status.generation > 0 and all(member.pod_uid in running for member in o.status.members)
 
 
 def hang_limit(o: Observed, settings: Settings) -> float:

@@ -168,7 +168,7 @@ def _times(o: Observed, plan: Plan, settings: Settings) -> list[float]:
             times.append(settings.lease_seconds)
         elif pod.trouble is not None:
             times += [limit for limit in [settings.blocked_seconds - pod.age] if limit > -SOONEST]
-    if agents.all_run(o):
+    if agents.all_run(o, settings):
         limit = agents.hang_limit(o, settings) - agents.quiet_seconds(o)
         times += [limit] if limit > -SOONEST else []
     if o.prepare_age is not None:

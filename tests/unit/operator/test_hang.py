@@ -7,7 +7,7 @@ from typing import Any
 from tests.unit.operator.build import SETTINGS, agent, observed, pod, running, training
 
 from qlora_api.run import AgentState
-from qlora_api.status import Progress
+from qlora_api.status import Progress, Slot
 from qlora_operator.decide import decide
 from qlora_operator.state import Observed
 
@@ -67,3 +67,16 @@ def test_the_end_of_a_run_takes_its_time() -> None:
     o = steady()
     done = [running(p, activity=7, progress=Progress(step=50, total_steps=50)) for p in (P0, P1)]
     assert decide(replace(o, agents=tuple(done)), SETTINGS).membership.prepare == 1
+
+
+def test_who_was_not_there_did_not_hang() -> None:
+    """Pods that waited for a node for hours, and those of a run that had none for hours: suspended, all nodes lost."""
+    long_ago = {"step_age": 7200.0, "generation_age": 7200.0, "prepare_age": 1.0}
+    first = decide(observed([P0, P1], [agent(p, AgentState.READY) for p in (P0, P1)], **long_ago), SETTINGS)
+    assert first.status.generation == 1 and first.status.restarts.by_reason == {}
+    new = [pod(0, 1), pod(1, 1)]
+    old = [running(P0, age=7200.0), running(P1, age=7200.0)]
+    status = training(P0, P1, slots=[Slot(index=p.index, incarnation=p.incarnation) for p in new])
+    agents = [*(agent(p, AgentState.READY) for p in new), *old]
+    resumed = decide(observed(new, agents, status, median_step=1.0, **long_ago), SETTINGS)
+    assert resumed.status.generation == 2 and resumed.status.restarts.by_reason == {}
