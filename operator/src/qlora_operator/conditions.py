@@ -121,7 +121,7 @@ def _node_events(old: QLoRAFinetuneStatus, new: QLoRAFinetuneStatus) -> list[Eve
 
 
 def _straggler_events(old: QLoRAFinetuneStatus, new: QLoRAFinetuneStatus) -> list[Event]:
-    """Who holds up the others from now on, and who no longer does though it is still a member."""
+    """Who holds up the others from now on, and who no longer does though it and others are still members."""
     known, slow = ({s.pod_name for s in status.stragglers} for status in (old, new))
     events = []
     for s in new.stragglers:
@@ -134,5 +134,5 @@ def _straggler_events(old: QLoRAFinetuneStatus, new: QLoRAFinetuneStatus) -> lis
             events.append(Event(Reason.STRAGGLER, f"{what} ({s.work_seconds:.2g} s) and all wait: {advice}", "Warning"))
     members = {member.pod_name for member in new.members}
     quicker = [s.pod_name for s in old.stragglers if s.pod_name not in slow and s.pod_name in members]
-    recovered = quicker if is_true(new, ConditionType.RUNNING) else []
+    recovered = quicker if is_true(new, ConditionType.RUNNING) and len(members) > 1 else []
     return [*events, *(Event(Reason.STRAGGLER_RECOVERED, f"{name} keeps up again") for name in recovered)]

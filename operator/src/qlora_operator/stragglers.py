@@ -5,7 +5,7 @@ measures its own part up to there and reports the median of its last steps. Ever
 batches in a step (dummies fill up), so the parts compare as they are.
 
 Rules: a pod is a straggler when its part takes RATIO times the median of the others' and costs LEAST_SECONDS a step;
-it stays one until it is below RECOVERED_RATIO, so that one at the edge is told once; while there is no measure (the
+it stays one until it is below RECOVERED_RATIO or RECOVERED_SECONDS, so that one at the edge is told once; while there is no measure (the
 workers have just started) nothing changes; who left the generation is none.
 """
 
@@ -17,7 +17,7 @@ from statistics import median
 from qlora_api.status import Straggler
 
 RATIO, RECOVERED_RATIO = 1.5, 1.25
-LEAST_SECONDS = 0.05  # below it a step waits for the scheduler of a loaded host, not for a node
+LEAST_SECONDS, RECOVERED_SECONDS = 0.05, 0.025  # below, a step waits for a loaded host's scheduler, not for a node
 _WORTH_TELLING = 1.25  # a known straggler's ratio is written anew when it changed by this factor
 
 
@@ -42,8 +42,8 @@ def _judge(was: Straggler | None, part: Part, parts: tuple[Part, ...], now: date
     if part.seconds is None or not others:
         return was
     usual = median(others)
-    limit = RATIO if was is None else RECOVERED_RATIO
-    if part.seconds <= limit * usual or part.seconds - usual < LEAST_SECONDS:
+    limit, least = (RATIO, LEAST_SECONDS) if was is None else (RECOVERED_RATIO, RECOVERED_SECONDS)
+    if part.seconds <= limit * usual or part.seconds - usual < least:
         return None
     ratio = part.seconds / max(usual, 1e-9)
     if was is not None and was.ratio / _WORTH_TELLING < ratio < was.ratio * _WORTH_TELLING:

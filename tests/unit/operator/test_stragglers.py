@@ -52,6 +52,8 @@ def test_one_at_the_edge_is_told_once() -> None:
     was = (straggler(1.6),)
     assert slow(1.0, 1.4) == {} and slow(1.0, 1.4, known=was) == {"r-1-0": 1.6}
     assert slow(1.0, 1.2, known=was) == {}
+    assert slow(0.06, 0.1) == {} and slow(0.06, 0.1, known=was) == {"r-1-0": 1.6}
+    assert slow(0.06, 0.08, known=was) == {}
     assert slow(1.0, 3.0, known=was) == {"r-1-0": 3.0}, "much worse than it was"
     (worse,) = find(was, parts(1.0, 3.0), NOW)
     assert worse.since == ago(100)
@@ -111,6 +113,14 @@ def test_a_straggler_that_is_lost_did_not_recover() -> None:
     after = decide(observed([P0], [running(P0, 2)], alone), SETTINGS)
     assert after.status.stragglers == []
     assert Reason.STRAGGLER_RECOVERED not in [event.reason for event in (*lost.events, *after.events)]
+
+
+def test_the_only_one_left_holds_up_nobody_and_did_not_recover() -> None:
+    began = passing(training(P0, P1), 0.3, 0.9)
+    alone = began.status.model_copy(update={"members": began.status.members[1:], "generation": 2})
+    after = decide(observed([P0, P1], [running(P1, 2)], alone), SETTINGS)
+    assert after.status.stragglers == []
+    assert Reason.STRAGGLER_RECOVERED not in [event.reason for event in after.events]
 
 
 def test_a_run_that_is_suspended_has_none() -> None:
