@@ -211,8 +211,8 @@ def _avoid(status: QLoRAFinetuneStatus, verdict: Verdict, until: datetime) -> QL
     """
     node, reason = verdict.ending.node_name, verdict.ending.reason
     faults = sum(record.node_name == node for record in status.failures)
-    again = node in status.avoided_nodes and verdict.effect == "Count"
-    if not node or not (reason in _AVOIDED_AT_ONCE or faults >= NODE_FAULT_LIMIT or again):
+    again = verdict.effect == "Count" and (node in status.avoided_nodes or faults >= NODE_FAULT_LIMIT)
+    if not node or not (reason in _AVOIDED_AT_ONCE or again):
         return status
     nodes = [*(known for known in status.avoided_nodes if known != node), node][-_KEPT_RECORDS:]
     times = {**status.avoided_until, node: until}

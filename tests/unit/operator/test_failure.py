@@ -155,6 +155,8 @@ def test_a_disruption_is_no_fault_of_its_node() -> None:
     evicted = judge(Ending("r-0-0", "node-a", Reason.EVICTED))
     before = avoiding("node-a", since=600)
     assert failure.record(evicted, before, POLICY, NOW, HOUR).avoided_until == before.avoided_until
+    forgiven = QLoRAFinetuneStatus(failures=[FailureRecord(time=ago(9e4), reason="X", node_name="node-a")] * 2)
+    assert failure.record(evicted, forgiven, POLICY, NOW, HOUR).avoided_nodes == []
 
 
 def test_a_node_is_forgiven_in_time() -> None:
