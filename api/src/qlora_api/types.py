@@ -291,7 +291,10 @@ class QLoRAFinetuneSpec(ApiModel):
         None, ge=1, description="Seconds to get minNodes warm from creation or resumption; then Failed."
     )
     progress_deadline_seconds: int = Field(
-        1800, ge=10, le=604_800, description="Seconds without a new step after which the workers are restarted."
+        1800,
+        ge=10,
+        le=604_800,
+        description="Seconds without any sign of work after which the workers are restarted, at the latest.",
     )
     ttl_seconds_after_finished: int | None = Field(
         None, ge=0, description="Seconds after which a finished run is deleted; the adapter in S3 stays."
