@@ -5,8 +5,8 @@ measures its own part up to there and reports the median of its last steps. Ever
 batches in a step (dummies fill up), so the parts compare as they are.
 
 Rules: a pod is a straggler when its part takes RATIO times the median of the others' and costs LEAST_SECONDS a step;
-it stays one until it is below RECOVERED_RATIO or RECOVERED_SECONDS, so that one at the edge is told once; while there is no measure (the
-workers have just started) nothing changes; who left the generation is none.
+it stays one until it is below RECOVERED_RATIO or RECOVERED_SECONDS, so that one at the edge is told once; while there
+is no measure (the workers have just started) nothing changes; who left the generation is none.
 """
 
 from collections.abc import Iterable
