@@ -1,8 +1,8 @@
 """The model that is trained: transformers' causal LM with a packed 4-bit base and an adapter in float32.
 
-Rules: the unquantized model never exists; a decoder layer's packed bytes are one parameter, sharded by FSDP2 where the
-mesh has more than one rank; everything random is a function of (seed, name) or (seed, step, micro batch); what a rank
-computes does not depend on how many there are. The forward of a decoder layer stays transformers' own.
+Rules: the unquantized model never exists; how a decoder layer's packed bytes lie on the ranks is `sharding`'s matter
+alone; everything random is a function of (seed, name) or (seed, step, micro batch); what a rank computes does not
+depend on how many there are. The forward of a decoder layer stays transformers' own.
 """
 
 import hashlib

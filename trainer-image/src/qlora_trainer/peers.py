@@ -13,6 +13,7 @@ import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -49,7 +50,7 @@ class PeerBase:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ready = [torch.cuda.Event(), torch.cuda.Event()] if self._stream else []
 
-    @property
+    @cached_property
     def uncounted_bytes(self) -> int:
         """Device memory of this rank's shard, which torch's allocator does not know of where others map it."""
         own = self._shards[self._rank]

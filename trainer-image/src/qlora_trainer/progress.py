@@ -1,7 +1,7 @@
 """What a worker tells its agent after every step, and when a checkpoint is due. The one place of the loop with a clock.
 
-Rules: the file is written after the step's snapshot was started; times are monotonic; rank 0 alone decides about the
-time-based checkpoint and tells the others with the flags of a step.
+Rules: a step is told after its snapshot was started, signs of life in between; times are monotonic; rank 0 alone
+decides about the time-based checkpoint and tells the others with the flags of a step.
 """
 
 import json
@@ -9,16 +9,17 @@ import os
 import resource
 import time
 from collections import deque
-from typing import Any
 
 import torch
 
+from qlora_api.run import METRIC_STEP_WORK
 from qlora_api.status import Artifacts, CheckpointStatus, Progress
 from qlora_trainer.control import Phase, WorkerEnv, WorkerState, write_worker_state
 from qlora_trainer.data import MicroBatch, Sequences
 from qlora_trainer.errors import StorageError
 from qlora_trainer.restore import Position
 from qlora_trainer.session import Session
+from qlora_trainer.sharding import peers_of
 from qlora_trainer.workclock import WorkClock
 
 _WINDOW = 20  # steps that speed and ETA look back on
@@ -58,8 +59,8 @@ class Reporter:
         if len(self._steps) > 1:
             self._measured["step_seconds"] = self._steps[-1][0] - self._steps[-2][0]
         if (seconds := self.work.median_seconds) is not None:
-            self._measured["step_work_seconds"] = seconds
-        self._measured |= _memory(session.device)
+            self._measured[METRIC_STEP_WORK] = seconds
+        self._measured |= _memory(session)
         self._update(session, position)
 
     def evaluated(self, session: Session, position: Position) -> None:
@@ -172,9 +173,11 @@ class Reporter:
         write_worker_state(self._env.run_dir, self._env.local_rank, self._state)
 
 
-def _memory(device: torch.device) -> dict[str, float]:
+def _memory(session: Session) -> dict[str, float]:
     """Peaks of this process, bytes."""
-    measures: dict[str, Any] = {"host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}
-    if device.type == "cuda":
-        measures["gpu_memory_bytes"] = float(torch.cuda.max_memory_reserved(device))
+    measures = {"host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}
+    if session.device.type == "cuda":
+        peers = peers_of(session.model.layers[0])
+        shard = peers.base.uncounted_bytes if peers is not None else 0
+        measures["gpu_memory_bytes"] = float(torch.cuda.max_memory_reserved(session.device) + shard)
     return measures

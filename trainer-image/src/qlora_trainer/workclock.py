@@ -2,8 +2,8 @@
 
 Rules: from the step's start until it is about to enter the all-reduce. On a GPU the kernels run behind the host, so two
 CUDA events mark the stream; they are read once the all-reduce's result was, when both have certainly happened: nothing
-waits for them. Where the base is sharded its gathers wait for the slowest rank inside the micro batches, too: there all
-ranks measure alike.
+waits for them. Where FSDP2 gathers the base its collectives wait for the slowest rank inside the micro batches, too:
+there all ranks measure alike.
 """
 
 import time
