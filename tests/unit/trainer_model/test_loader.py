@@ -169,3 +169,14 @@ def test_a_torn_layer_says_what_to_do_and_is_built_anew(checkpoint, config_of, c
     ensure_packed(config, checkpoint(), cache, CPU)
     assert path.read_bytes() == whole
     assert json.loads((packed.folder / "index.json").read_text())["format"] == 1
+
+
+@pytest.mark.parametrize("torn", ["index.json", "rest.safetensors", "layer-00001.bin", "layer-00001.json"])
+def test_what_a_crash_of_the_node_tore_is_built_anew(torn, checkpoint, config_of, cache):
+    config = config_of()
+    packed = ensure_packed(config, checkpoint(), cache, CPU)
+    whole = content(packed.folder)
+    (packed.folder / torn).write_bytes(whole[torn][:1000] if torn == "rest.safetensors" else b"")
+    if torn.startswith("layer"):  # before the index was written
+        (packed.folder / "index.json").unlink()
+    assert content(ensure_packed(config, checkpoint(), cache, CPU).folder) == whole

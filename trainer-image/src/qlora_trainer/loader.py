@@ -93,7 +93,7 @@ def ensure_packed(config: TrainConfig, model_dir: Path, cache_dir: Path, device:
     scheme = Scheme(quantization.type, quantization.double_quant, FP_TYPES[quantization.storage_dtype])
     digest = digest_of(model_dir, scheme, device.type)
     folder = cache_dir / "packed" / digest
-    if not _is_complete(folder):
+    while not _is_complete(folder):  # again where a crash of the node tore what an earlier start had built
         folder.mkdir(parents=True, exist_ok=True)
         build(model_dir, folder, scheme, device, spec.model.trust_remote_code)
     return open_packed(folder, spec.model.trust_remote_code)
@@ -124,18 +124,35 @@ def discard_damaged(packed: PackedModel, index: int) -> bool:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether the index is there and every file has its size; a torn layer is removed together with the index."""
+    """Whether the index is there and every file has its size; what is torn is removed together with the index."""
     if not (folder / "index.json").is_file():
         return False
-    torn = [
-        layer["file"]
-        for layer in json.loads((folder / "index.json").read_text())["layers"]
-        if not (folder / layer["file"]).is_file() or (folder / layer["file"]).stat().st_size != layer["size"]
-    ]
+    torn = _torn_files(folder)
     for file in torn:
         for name in ("index.json", file.replace(".bin", ".json"), file):
             (folder / name).unlink(missing_ok=True)
     return not torn
+
+
+def _torn_files(folder: Path) -> list[str]:
+    """Files that are not as long as the index or their own header says."""
+    try:
+        layers = json.loads((folder / "index.json").read_text())["layers"]
+    except ValueError:
+        return ["index.json"]
+    torn = [layer["file"] for layer in layers if _size_of(folder / layer["file"]) != layer["size"]]
+    return torn if _is_whole(folder / "rest.safetensors") else [*torn, "rest.safetensors"]
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return _size_of(path) == max(place.offset + place.length for place in read_header(path).values())
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _layer_from_json(layer: dict[str, Any]) -> PackedLayer:

@@ -122,11 +122,11 @@ class _Builder:
         """Write layer `index` (-1: what is not quantized, the longest of all) unless it is there or another's."""
         name = "rest" if index < 0 else f"layer-{index:05d}"
         done = self._folder / ("rest.safetensors" if index < 0 else f"{name}.json")
-        if done.is_file():
+        if _is_written(done):
             return
         try:
             with FileLock(self._folder / f"{name}.lock", timeout=-1 if wait else 0, poll_interval=_POLL_SECONDS):
-                if not done.is_file():
+                if not _is_written(done):
                     self._write_rest() if index < 0 else self._write_layer(name, index)
         except Timeout:
             return
@@ -192,6 +192,11 @@ def _is_tied(skeleton: CausalLM, name: str) -> bool:
         and head is not None
         and any(name.endswith(f"{n}.weight") for n, m in skeleton.named_modules() if m is head)
     )
+
+
+def _is_written(path: Path) -> bool:
+    """A file that a crash of the node tore is most often there and empty."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 @contextmanager
