@@ -1,4 +1,4 @@
-"""What a worker tells its agent after every step, and when a checkpoint is due. The one place of the loop with a clock.
+"""What a worker tells its agent after every step and in between, and when a checkpoint is due.
 
 Rules: a step is told after its snapshot was started, signs of life in between; times are monotonic; rank 0 alone
 decides about the time-based checkpoint and tells the others with the flags of a step.
