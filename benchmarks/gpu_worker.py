@@ -1,6 +1,6 @@
 """One rank of the GPU benchmark: builds and trains each case of CASES (a JSON file), appends a line of JSON a case.
 
-Run by bench_gpu.py, one process a GPU. The clock of `start_seconds` starts at T0 (seconds since the epoch, environment).
+Run by bench_gpu.py, a process a GPU. The clock of `start_seconds` starts at T0 (environment; seconds since the epoch).
 """
 
 import contextlib
