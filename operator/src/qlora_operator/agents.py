@@ -134,11 +134,8 @@ def is_hung(o: Observed, settings: Settings) -> bool:
 
 
 def was_hung(o: Observed, settings: Settings) -> bool:
-    """The members had been quiet for too long when they were called; they stand now, and their end is judged.
-
-    Where none of them is alive (a first start, a resumed run, all nodes lost) nobody was quiet: nobody was there.
-    """
-    if o.prepare_age is None or not any(is_alive(agent, settings) for agent in _heard_members(o)):
+    """The members had been quiet for too long when they were called; they stand now, and their end is judged."""
+    if o.prepare_age is None or o.status.generation == 0:
         return False
     return quiet_seconds(o) - o.prepare_age > hang_limit(o, settings)
 
@@ -249,7 +246,8 @@ def artifacts(o: Observed) -> Artifacts | None:
 def ends_of_generation(o: Observed, slots: Iterable[Slot], settings: Settings) -> tuple[Ending, ...]:
     """How members' workers of this very generation ended, those of pods that still hold their place.
 
-    That workers lost a peer explains nothing when a member is gone: its own end is judged with its place.
+    That workers lost a peer, or were quiet, explains nothing when a member is gone: its own end is judged with its
+    place (one that hung and was replaced counts once), and a resumed run's are gone because they were told to.
     """
     present = {candidate.member.pod_uid for candidate in candidates(o, slots, settings)}
     someone_gone = any(member.pod_uid not in present for member in o.status.members)
@@ -261,7 +259,7 @@ def ends_of_generation(o: Observed, slots: Iterable[Slot], settings: Settings) -
         followed = someone_gone and agent.failure.exit_code == ExitCode.LOST_PEER
         if agent.failure_generation == o.status.generation and not followed:
             ends.append(exits.of_termination(pod.name, pod.node, agent.failure))
-    if is_hung(o, settings) or was_hung(o, settings):
+    if is_hung(o, settings) or (was_hung(o, settings) and not someone_gone):
         seconds = int(hang_limit(o, settings))
         ends.append(
             Ending("", "", Reason.HUNG, int(ExitCode.INTERNAL), f"nothing was done for {seconds} s.", step=_step(o))

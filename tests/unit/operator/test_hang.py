@@ -1,6 +1,7 @@
 """When members that run and get nothing done count as hung."""
 
 from dataclasses import replace
+from datetime import timedelta
 from math import inf
 from typing import Any
 
@@ -80,3 +81,18 @@ def test_who_was_not_there_did_not_hang() -> None:
     agents = [*(agent(p, AgentState.READY) for p in new), *old]
     resumed = decide(observed(new, agents, status, median_step=1.0, **long_ago), SETTINGS)
     assert resumed.status.generation == 2 and resumed.status.restarts.by_reason == {}
+
+
+def test_a_wedged_worker_counts_once() -> None:
+    """Its pod is replaced because it does not come when called; the others stood and waited for the new one."""
+    spec = {"elasticPolicy": {"minNodes": 2, "maxNodes": 2}}
+    stood = agent(P0, AgentState.READY, 1, step=50, activity=7)
+    o = steady(step_age=400.0, activity_age=400.0, prepare_age=121.0)
+    o = replace(o, run=observed([], [], spec=spec).run, agents=(stood, o.agents[1]))
+    late = decide(o, SETTINGS).status
+    assert late.restarts.by_reason == {"Hung": 1} and late.slots[1].incarnation == 1
+    new = pod(1, 1)
+    clocks = {"step_age": 460.0, "activity_age": 460.0, "prepare_age": 181.0, "now": o.now + timedelta(seconds=60)}
+    after = replace(o, status=late, pods=(P0, new), agents=(stood, agent(new, AgentState.READY)), **clocks)
+    published = decide(after, SETTINGS).status
+    assert published.generation == 2 and published.restarts.by_reason == {"Hung": 1}
