@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from qlora_api.names import KIND, Reason
+from qlora_api.run import METRIC_STEP_WORK
 from qlora_api.types import QLoRAFinetuneSpec
 
 ROOT = Path(__file__).parents[3]
@@ -47,8 +48,7 @@ def test_the_table_of_bad_input_names_reasons_that_exist() -> None:
 
 def test_every_measure_of_a_worker_is_documented() -> None:
     sources = "".join(path.read_text() for path in (ROOT / "trainer-image/src/qlora_trainer").glob("*.py"))
-    measured = set(
-        re.findall(r'(?:_measured\[|set_metric\(|measures\[|measures: dict\[str, Any\] = \{)"(\w+)"', sources)
-    )
+    named = sources.replace("METRIC_STEP_WORK", f'"{METRIC_STEP_WORK}"')
+    measured = set(re.findall(r'(?:_measured\[|set_metric\(|measures\[|measures = \{)"(\w+)"', named))
     table = (ROOT / "docs/metrics.md").read_text().partition("# What the operator exports")[0]
     assert measured and measured == set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
