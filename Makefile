@@ -8,6 +8,7 @@ CLUSTER ?= local
 CLUSTER_NAME ?= qlora
 NODES ?= 2
 PYTEST_ARGS ?=
+PARALLEL := --numprocesses 2 --dist loadfile # these tests mostly wait for processes that they started
 HELM_ARGS ?=
 UV := $(shell hack/uv.sh)
 RUN := $(UV) run --frozen --no-sync
@@ -66,11 +67,11 @@ test: lint typecheck verify lint-chart test-unit test-integration chaos-smoke te
 
 .PHONY: test-unit
 test-unit: sync ## Pure code, in seconds.
-	$(RUN) pytest tests/unit $(PYTEST_ARGS)
+	$(RUN) pytest $(PARALLEL) tests/unit $(PYTEST_ARGS)
 
 .PHONY: test-integration
 test-integration: sync ## Real API server, real S3 server, gloo processes.
-	$(RUN) pytest tests/integration $(PYTEST_ARGS)
+	$(RUN) pytest $(PARALLEL) tests/integration $(PYTEST_ARGS)
 
 .PHONY: test-e2e
 test-e2e: cluster-up images ## The real cluster: every example, a killed node, bad input.
