@@ -11,6 +11,12 @@ from hack.demo.kubectl import ROOT, Kubectl, cluster
 NAME = f"integration-{os.getpid()}"  # two sessions on one machine, from two clones say, must not share it
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest files first: side by side with all the others, and not alone at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def api_server() -> Iterator[Path]:
     """Administrator's kubeconfig of a bare control plane that lives as long as the session."""

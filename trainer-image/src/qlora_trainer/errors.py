@@ -96,6 +96,13 @@ class Fenced(TrainerError):
     reason = Reason.MEMBERS_CHANGED
 
 
+class MembersChange(TrainerError):
+    """A new generation is being prepared: this worker stands at a step boundary."""
+
+    exit_code = ExitCode.LOST_PEER
+    reason = Reason.MEMBERS_CHANGED
+
+
 # Texts by which gloo, NCCL and TCPStore tell that a peer is gone; they come as plain RuntimeErrors.
 _LOST_PEER_TEXTS = (
     "connection closed by peer",
