@@ -85,6 +85,7 @@ class NodeAgent(LocalElasticAgent):
                 master_port=worker_group.master_port,
             )
             write_assignment(self._run_dir, worker.local_rank, place)
+        assert self._pcontext is not None, "workers stand, so they were started"
         ids: dict[int, Any] = self._pcontext.pids()
         return ids
 
