@@ -96,11 +96,8 @@ class Fenced(TrainerError):
     reason = Reason.MEMBERS_CHANGED
 
 
-class MembersChange(TrainerError):
-    """A new generation is being prepared: this worker stands at a step boundary."""
-
-    exit_code = ExitCode.LOST_PEER
-    reason = Reason.MEMBERS_CHANGED
+class MembersChange(Exception):
+    """No error: a new generation is being prepared, and this worker stands at a step boundary. It never ends one."""
 
 
 # Texts by which gloo, NCCL and TCPStore tell that a peer is gone; they come as plain RuntimeErrors.
