@@ -12,9 +12,7 @@ from qlora_api.run import Command, ExitCode
 from qlora_api.status import Artifacts, Progress
 from qlora_trainer import faults
 from qlora_trainer.control import Phase, WorkerEnv, WorkerState, read_control, write_worker_state
-from qlora_trainer.errors import MembersChange
 from qlora_trainer.snapshot import SnapshotSlots
-from qlora_trainer.standing import next_place
 
 STEPS = int(os.environ.get("TOY_STEPS", "400"))
 STEP_SECONDS = float(os.environ.get("TOY_STEP_SECONDS", "0.05"))
@@ -32,20 +30,17 @@ def flush() -> None:
 
 def main() -> int:
     """Exit code as the real worker's."""
-    env = WorkerEnv.of_environment()
-    while True:
-        try:
-            _count(env)
-            return ExitCode.OK
-        except MembersChange:
-            env = next_place(env)
-        except RuntimeError as error:  # a collective broke
-            print(error, flush=True)
-            return ExitCode.LOST_PEER
+    try:
+        _count()
+    except RuntimeError as error:  # a collective broke
+        print(error, flush=True)
+        return ExitCode.LOST_PEER
+    return ExitCode.OK
 
 
-def _count(env: WorkerEnv) -> None:
+def _count() -> None:
     """Counts steps together with its peers."""
+    env = WorkerEnv.of_environment()
     slots = SnapshotSlots(env.run_dir)
     dist.init_process_group("gloo", timeout=timedelta(seconds=20))
     newest = slots.newest()
@@ -75,9 +70,8 @@ def _count(env: WorkerEnv) -> None:
             sys.exit(ExitCode.STOPPED)
         if flag[0]:
             slots.wait()
-            dist.destroy_process_group()
             tell(Phase.PARKED, step)
-            raise MembersChange
+            time.sleep(3600)
         faults.reach("forward", step + 1)
         time.sleep(STEP_SECONDS)
         faults.reach("all-reduce", step + 1)

@@ -150,7 +150,8 @@ class Adapter:
         for group in groups:
             if not group.plan.spec.num_adapters:
                 _attach_nothing(group, device, dtype)
-        self.reset(seed)
+        self._initialize(seed)
+        self.refresh()
 
     def _attach(self, adapted: list[Group], shapes: list[tuple[int, ...]]) -> None:
         masters, grads, works = (_views(flat, shapes) for flat in (self.master, self.grad, self.work))
@@ -183,13 +184,6 @@ class Adapter:
         parameter.grad = grad
         self.trainable[name] = parameter
         self._views.append((parameter, grad))
-
-    def reset(self, seed: int) -> None:
-        """As before the first step (without DoRA, whose magnitudes are measured)."""
-        self.master.zero_()
-        self.reduced.zero_()
-        self._initialize(seed)
-        self.refresh()
 
     @torch.no_grad()
     def _initialize(self, seed: int) -> None:
