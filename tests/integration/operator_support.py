@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hack.demo.kubectl import ROOT, Kubectl, program
 from kubernetes.aio import client, config
+from tests.integration.players import World
 
 from qlora_api.status import QLoRAFinetuneStatus
 from qlora_operator.kube import ApiError, Json, Kube
@@ -35,6 +36,32 @@ async def connect(kubeconfig: Path) -> Kube:
     settings = client.Configuration()
     await config.load_kube_config(config_file=str(kubeconfig), client_configuration=settings)
     return Kube(client.ApiClient(settings))
+
+
+Stage = tuple["Runs", World]
+
+
+@contextlib.contextmanager
+def serving(rights: Path, folder: Path, settings: dict[str, str]) -> Iterator["OperatorProcess"]:
+    """An operator with these rights and settings; what it said is printed at the end."""
+    operator = OperatorProcess(rights, folder, settings)
+    operator.start()
+    yield operator
+    operator.stop()
+    print(operator.log())
+
+
+@contextlib.asynccontextmanager
+async def set_stage(kubeconfig: Path, operator: "OperatorProcess", prefix: str) -> AsyncIterator[Stage]:
+    """A namespace under the restricted pod security with nodes and agents, for the runs of one test."""
+    kube, namespace = await connect(kubeconfig), f"{prefix}-{uuid.uuid4().hex[:8]}"
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": labels}}
+    await kube.request("POST", "/api/v1/namespaces", body=body)
+    world = World(kube, namespace, operator.url, operator.certificate)
+    async with world.playing():
+        yield Runs(kube, namespace), world
+    await kube.close()
 
 
 def free_port() -> int:

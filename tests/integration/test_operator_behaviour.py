@@ -4,44 +4,40 @@ serves all namespaces, each test has its own."""
 import asyncio
 import json
 import ssl
-import uuid
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from hack.demo.kubectl import Kubectl
-from tests.integration.operator_support import RUNS, OperatorProcess, Runs, connect, eventually, least_rights
+from tests.integration.operator_support import (
+    RUNS,
+    OperatorProcess,
+    Stage,
+    connect,
+    eventually,
+    least_rights,
+    serving,
+    set_stage,
+)
 from tests.integration.players import FakeAgent, World, container
 
 from qlora_api.run import ExitCode, Report, Termination
 from qlora_api.status import QLoRAFinetuneStatus, State
 from qlora_operator.kube import ApiError, Json
 
-Stage = tuple[Runs, World]
-
 
 @pytest.fixture(scope="module")
 def operator(kubectl: Kubectl, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
-    folder: Path = tmp_path_factory.mktemp("operator")
-    operator = OperatorProcess(least_rights(kubectl, folder), folder, {"BLOCKED_SECONDS": "6"})
-    operator.start()
-    yield operator
-    operator.stop()
-    print(operator.log())
+    folder = tmp_path_factory.mktemp("operator")
+    with serving(least_rights(kubectl, folder), folder, {"BLOCKED_SECONDS": "6"}) as operator:
+        yield operator
 
 
 @pytest.fixture
 async def stage(kubectl: Kubectl, operator: OperatorProcess) -> AsyncIterator[Stage]:
-    kube, namespace = await connect(kubectl.kubeconfig), f"b-{uuid.uuid4().hex[:8]}"
-    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": labels}}
-    await kube.request("POST", "/api/v1/namespaces", body=body)
-    world = World(kube, namespace, operator.url, operator.certificate)
-    async with world.playing():
-        yield Runs(kube, namespace), world
-    await kube.close()
+    async with set_stage(kubectl.kubeconfig, operator, "b") as made:
+        yield made
 
 
 def ended(code: ExitCode, message: str = "it broke") -> Termination:

@@ -1,42 +1,40 @@
 """What a person sees of nodes that are at fault or slow: on a real API server, in its events, and in the metrics."""
 
-import uuid
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from hack.demo.kubectl import Kubectl
-from tests.integration.operator_support import OperatorProcess, Runs, connect, eventually, least_rights
-from tests.integration.players import FakeAgent, World
+from tests.integration.operator_support import (
+    OperatorProcess,
+    Runs,
+    Stage,
+    eventually,
+    least_rights,
+    serving,
+    set_stage,
+)
+from tests.integration.players import FakeAgent
 
 from qlora_api.run import METRIC_STEP_WORK, ExitCode, Termination
 from qlora_api.status import State
 from qlora_operator.kube import Json
 
-Stage = tuple[Runs, World]
 AVOID_SECONDS = 12
 
 
 @pytest.fixture(scope="module")
 def operator(kubectl: Kubectl, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
-    folder: Path = tmp_path_factory.mktemp("operator")
-    operator = OperatorProcess(least_rights(kubectl, folder), folder, {"AVOID_SECONDS": str(AVOID_SECONDS)})
-    operator.start()
-    yield operator
-    operator.stop()
-    print(operator.log())
+    folder = tmp_path_factory.mktemp("operator")
+    with serving(least_rights(kubectl, folder), folder, {"AVOID_SECONDS": str(AVOID_SECONDS)}) as operator:
+        yield operator
 
 
 @pytest.fixture
 async def stage(kubectl: Kubectl, operator: OperatorProcess) -> AsyncIterator[Stage]:
-    kube, namespace = await connect(kubectl.kubeconfig), f"n-{uuid.uuid4().hex[:8]}"
-    await kube.request("POST", "/api/v1/namespaces", body={"kind": "Namespace", "metadata": {"name": namespace}})
-    world = World(kube, namespace, operator.url, operator.certificate)
-    async with world.playing():
-        yield Runs(kube, namespace), world
-    await kube.close()
+    async with set_stage(kubectl.kubeconfig, operator, "n") as made:
+        yield made
 
 
 async def event(runs: Runs, reason: str) -> Json:

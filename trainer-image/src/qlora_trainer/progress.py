@@ -36,7 +36,7 @@ class Reporter:
         self._born = time.monotonic()
         self._steps: deque[tuple[float, int]] = deque(maxlen=_WINDOW + 1)  # (time, tokens) after each step
         self._saved_at = self._wrote_at = time.monotonic()
-        self._save_started: tuple[int, float] | None = None
+        self._saving: int | None = None  # step of the checkpoint under way
         self._measured: dict[str, float] = {}
         self._state = WorkerState(generation=env.generation, pid=os.getpid())
         self._trace_path = env.run_dir / f"trace-{env.rank}.jsonl" if env.trace else None
@@ -107,7 +107,7 @@ class Reporter:
     def save_started(self, step: int, stall: float) -> None:
         """A durable checkpoint is under way; the loop stood still for `stall` seconds."""
         self._saved_at = time.monotonic()
-        self._save_started = (step, self._saved_at)
+        self._saving = step
         self._measured["checkpoint_stall_seconds"] = stall
 
     def saved(self, session: Session, error: StorageError | None) -> None:
@@ -133,10 +133,10 @@ class Reporter:
             self._measured["checkpoint_failures"] = session.checkpoints.num_failures
             print(f"checkpoint failed, training goes on: {error}", flush=True)
         newest = session.checkpoints.newest
-        if newest and self._save_started and newest.step == self._save_started[0]:
+        if newest and newest.step == self._saving:
             self._measured["checkpoint_seconds"] = session.checkpoints.seconds
             self._measured["checkpoint_failures"] = 0.0
-            self._save_started = None
+            self._saving = None
 
     def _update(self, session: Session, position: Position, phase: Phase | None = None) -> None:
         checkpoint: CheckpointStatus | None = session.checkpoints.newest
