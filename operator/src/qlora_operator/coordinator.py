@@ -8,6 +8,7 @@
 """
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import time
@@ -125,10 +126,9 @@ class Coordinator:
             left = start + patience - time.monotonic()
             if left <= 0:
                 return answer
-            try:
-                await asyncio.wait_for(self._event(key).wait(), left)
-            except TimeoutError:
-                pass
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._event(key).wait()
 
     async def _identify(self, request: web.Request) -> PodIdentity:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")

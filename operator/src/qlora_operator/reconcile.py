@@ -5,6 +5,7 @@ metrics. Wake-ups coalesce; errors are tried again with growing pauses; a status
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -122,10 +123,9 @@ class Reconciler:
         """Until something wakes the run, at most so long."""
         event = self._wakes[key]
         if seconds > 0:
-            try:
-                await asyncio.wait_for(event.wait(), seconds)
-            except TimeoutError:
-                pass
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await event.wait()
         event.clear()
 
     def _back_off(self, error: Exception, failures: int) -> float:

@@ -163,3 +163,13 @@ async def test_the_series_of_a_run_vanish_with_it(stage: Stage) -> None:
     await reconciler.reconcile(KEY)
     text = reconciler.metrics.text().decode()
     assert 'run="r"' not in text and 'run="other"' in text
+
+
+async def test_stopping_ends_a_run_that_is_woken_at_the_same_moment(stage: Stage) -> None:
+    _, reconciler = stage
+    reconciler.wake(KEY)
+    for _ in range(20):  # until the run's task waits for its next pass
+        await asyncio.sleep(0.01)
+    reconciler.wake(KEY)
+    async with asyncio.timeout(5):
+        await reconciler.stop()
