@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from qlora_api.layout import MANIFEST, RunLayout, checkpoint_key
 from qlora_trainer import adapter, checkpoint
-from qlora_trainer.errors import BadAdapter, StorageError
+from qlora_trainer.errors import BadAdapter, Fenced, StorageError
 from qlora_trainer.report import MAX_POINTS, History, loss_picture, model_card
 from qlora_trainer.storage import FileStore, read_bytes
 
@@ -127,6 +127,30 @@ def test_incomplete_and_damaged_checkpoints_do_not_count(saved: tuple[FileStore,
     assert [manifest.step for manifest in checkpoint.find_complete(store)] == [3]
     store.delete([f"{checkpoint_key(3, 2)}/manifest.json"])
     assert checkpoint.find_complete(store) == []
+
+
+def test_a_checkpoint_that_is_pruned_meanwhile_is_passed_over(
+    saved: tuple[FileStore, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = saved
+    seen = store.list()
+    store.delete([f"{checkpoint_key(4, 2)}/manifest.json"])
+    monkeypatch.setattr(store, "list", lambda prefix="": iter(seen))
+    assert [manifest.step for manifest in checkpoint.find_complete(store)] == [3]
+
+
+@pytest.mark.parametrize("cause", [RuntimeError("connection closed by peer"), Fenced("a newer generation")])
+def test_a_save_fails_in_the_words_of_the_rank_that_failed(
+    cause: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise cause
+
+    monkeypatch.setattr(checkpoint._StoreWriter, "write_data", fail)
+    writer = checkpoint.CheckpointWriter(FileStore(tmp_path), keep=1, mesh=None)
+    writer.save(1, 1, {"adapter.master": torch.zeros(8)}, {})
+    with pytest.raises(type(cause), match=str(cause)):
+        writer.finish()
 
 
 def test_what_is_complete_is_never_overwritten(saved: tuple[FileStore, dict[str, torch.Tensor]]) -> None:

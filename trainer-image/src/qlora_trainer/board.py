@@ -227,7 +227,10 @@ class Board:
 def killed(exit_code: int, oom: bool) -> tuple[int, str, str]:
     """(exit code, reason, message) of a worker that ended without a word; `oom`: the kernel killed for memory."""
     if oom:
-        hint = "raise resourcesPerNode.limits.memory, lower training.microBatchSize or set training.cpuOffload: false"
+        hint = (
+            "raise resourcesPerNode.limits.memory, lower training.microBatchSize, shard over more nodes with"
+            " training.shardingStrategy: FULL_SHARD or set training.cpuOffload: false"
+        )
         return ExitCode.OUT_OF_MEMORY, Reason.OUT_OF_MEMORY, f"the kernel killed the worker for memory: {hint}"
     if exit_code < 0:
         return 128 - exit_code, Reason.WORKER_FAILED, f"the worker was killed by signal {-exit_code}"

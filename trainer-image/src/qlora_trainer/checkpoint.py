@@ -208,14 +208,19 @@ def _part(tensor: Tensor, mesh: DeviceMesh | None) -> Tensor:
 
 
 def _storage_error(error: BaseException | None) -> StorageError | None:
-    """The storage failure behind a failed save; other errors are raised."""
+    """The storage failure behind a failed save; other errors are raised, in the rank's own words."""
     if error is None or isinstance(error, StorageError):
         return error
-    causes = [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else []
-    for cause in causes:
+    if not isinstance(error, CheckpointException):
+        raise error
+    causes = [failure[0] for failure in error.failures.values()]
+    for kind in (StorageError, TrainerError, Exception):
+        cause = next((cause for cause in causes if isinstance(cause, kind)), None)
         if isinstance(cause, StorageError):
             return cause
-    raise next((cause for cause in causes if isinstance(cause, TrainerError)), error)
+        if cause is not None:
+            raise cause
+    raise RuntimeError("the checkpoint failed on a rank that did not say why") from error
 
 
 def find_complete(store: ObjectStore) -> list[Manifest]:
@@ -224,7 +229,10 @@ def find_complete(store: ObjectStore) -> list[Manifest]:
     places = [(parse_checkpoint(key), key) for key in entries if key.endswith(f"/{MANIFEST}")]
     found = []
     for place, key in sorted(((p, k) for p, k in places if p), reverse=True):
-        manifest = Manifest.model_validate_json(read_bytes(store, key))
+        try:
+            manifest = Manifest.model_validate_json(read_bytes(store, key))
+        except FileNotFoundError:
+            continue  # another rank has pruned it meanwhile
         folder = checkpoint_key(*place)
         if all(entries.get(f"{folder}/{record.name}") == record.size for record in manifest.files):
             found.append(manifest)

@@ -113,7 +113,10 @@ _LOST_PEER_TEXTS = (
     "collective was aborted",
     "wait timeout",
 )
-_MEMORY_HINT = "lower training.microBatchSize or training.maxLength, set gradientCheckpointing: full, or add nodes"
+_MEMORY_HINT = (
+    "lower training.microBatchSize or training.maxLength, set training.gradientCheckpointing: full, or shard over more"
+    " nodes with training.shardingStrategy: FULL_SHARD"
+)
 
 
 def classify(error: BaseException, rank: int | None = None, step: int = 0) -> Termination:
