@@ -40,6 +40,14 @@ def test_a_document_links_to_what_is_there(path: Path) -> None:
     assert missing == []
 
 
+def test_every_figure_of_the_readmes_table_is_among_the_results() -> None:
+    table = (ROOT / "README.md").read_text().partition("| measured,")[2].partition("\n\n")[0]
+    rows = [row.split("|")[2:4] for row in table.splitlines()[2:]]
+    figures = {figure for row in rows for figure in re.findall(r"(?<!FSDP)\b\d[\d.,]*\b", " ".join(row))}
+    results = set(re.findall(r"\b\d[\d.,]*\b", (ROOT / "benchmarks/results.md").read_text()))
+    assert len(figures) > 10 and figures <= results
+
+
 def test_the_table_of_bad_input_names_reasons_that_exist() -> None:
     table = (ROOT / "docs/bad-input.md").read_text().partition("## Conditions")[2]
     named = {row.split("|")[2].split("`")[1] for row in table.splitlines() if row.startswith("|") and "`" in row}
