@@ -93,8 +93,7 @@ def _target(arguments: argparse.Namespace) -> Cluster | None:
 
 def _up(arguments: argparse.Namespace) -> None:
     if _uses_current():
-        found = current.status()
-        current.Registry.given()  # said now rather than after minutes
+        found = current.require()
         print("CLUSTER=current: context {context}, {api}, Kubernetes {version}".format(**found), file=sys.stderr)
         return
     options = lifecycle.Options(

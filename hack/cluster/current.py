@@ -76,6 +76,16 @@ def status() -> dict[str, object]:
     }
 
 
+def require() -> dict[str, object]:
+    """The status of a cluster that answers, with a REGISTRY that can be one: said now rather than after minutes.
+
+    Raises ValueError with what is missing.
+    """
+    found = status()
+    Registry.given()
+    return found
+
+
 def _output(program: Path, *words: str) -> str:
     """What it prints, empty when it fails: inside a pod kubectl has a cluster, but no context."""
     return subprocess.run([program, *words], capture_output=True, text=True, check=False).stdout.strip()

@@ -57,7 +57,14 @@ def _build_and_push(image: builder.Image, registry: Registry) -> str:
 
 
 def deploy(cluster: Cluster | None, extra: list[str]) -> None:
-    """Builds, loads and installs or upgrades everything by the Helm chart; `extra` goes to helm."""
+    """Builds, loads and installs or upgrades everything by the Helm chart; `extra` goes to helm.
+
+    Raises ValueError before anything is built when the cluster (or REGISTRY) is not there.
+    """
+    if cluster is None:
+        current.require()
+    else:
+        lifecycle.outer_pid(cluster)
     with ThreadPoolExecutor(1) as pool:
         helm = pool.submit(_helm_program, cluster)  # minutes when it is to be built, and the images' are waits, mostly
         references = load_all(cluster, ["operator", "trainer"])

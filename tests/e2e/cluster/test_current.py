@@ -69,8 +69,9 @@ def test_a_registry_that_is_none_is_told(current: Environment, registry: str, wo
         assert word in done.stderr
 
 
-def test_a_context_that_leads_nowhere_is_told(current: Environment) -> None:
-    done = run(current | {"KUBECONFIG": "/dev/null"}, "up")
+@pytest.mark.parametrize("command", ["up", "deploy"])
+def test_a_context_that_leads_nowhere_is_told(current: Environment, command: str) -> None:
+    done = run(current | {"KUBECONFIG": "/dev/null"}, command)
     assert done.returncode == 1
     assert "kubectl reaches no cluster" in done.stderr
     assert "kubectl config use-context" in done.stderr

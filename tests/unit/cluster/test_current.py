@@ -3,11 +3,13 @@
 import itertools
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hack.cluster import current, preflight
 from hack.cluster.images import builder, commands, transport
+from hack.cluster.settings import Cluster
 from hack.demo import upload
 from hack.demo.kubectl import ROOT
 
@@ -38,8 +40,22 @@ def test_no_registry(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 
 def test_registry_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REGISTRY", raising=False)
+    monkeypatch.setattr(current, "status", dict)
     with pytest.raises(ValueError, match="needs REGISTRY=HOST/PATH"):
         commands.deploy(None, [])
+
+
+def test_nothing_is_built_for_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kubectl = tmp_path / "kubectl"  # answers as kubectl does when KUBECONFIG names no file
+    kubectl.write_text("#!/bin/sh\necho 'connection to the server localhost:8080 was refused' >&2\nexit 1\n")
+    kubectl.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("REGISTRY", "ghcr.io/me")
+    monkeypatch.setattr(commands, "load_all", lambda cluster, names: pytest.fail("images are built"))
+    with pytest.raises(ValueError, match=r"kubectl reaches no cluster. Choose one with KUBECONFIG .* was refused"):
+        commands.deploy(None, [])
+    with pytest.raises(ValueError, match=r"cluster unit doesn't run; start it with: make cluster-up"):
+        commands.deploy(Cluster("unit", 7), [])
 
 
 def test_docker_builds_where_buildah_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +87,8 @@ def test_a_push_that_fails_says_what_to_look_at(monkeypatch: pytest.MonkeyPatch)
 def test_helm_takes_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     references = {"operator": f"ghcr.io/me/qlora-operator@{DIGEST}", "trainer": "localhost/qlora-trainer:1234"}
+    monkeypatch.setenv("REGISTRY", "ghcr.io/me")
+    monkeypatch.setattr(current, "status", dict)
     monkeypatch.setattr(commands, "load_all", lambda cluster, names: references)
     monkeypatch.setattr(commands, "_helm", lambda cluster, *words: said.extend(words))
     commands.deploy(None, ["--set", "log.level=DEBUG"])
