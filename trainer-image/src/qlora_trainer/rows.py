@@ -42,12 +42,15 @@ def _object(line: str, name: str, number: int) -> dict[str, Any]:
     try:
         values = json.loads(line)
     except json.JSONDecodeError as error:
-        raise BadData(
-            f"{name}:{number}: not JSON ({error.msg} at column {error.colno}): write one object a line"
-        ) from None
+        raise BadData(f"{name}:{number}: not JSON ({_what(error)}): write one object a line") from None
     if not isinstance(values, dict):
         raise BadData(f"{name}:{number}: a {type(values).__name__} instead of an object: write one object a line")
     return values
+
+
+def _what(error: json.JSONDecodeError) -> str:
+    """What json found, and where; some of its messages end with an `at` of their own."""
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
 
 
 def _json(path: Path, name: str) -> Iterator[Row]:
@@ -60,7 +63,7 @@ def _json(path: Path, name: str) -> Iterator[Row]:
     try:
         array = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise BadData(f"{name}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from None
+        raise BadData(f"{name}:{error.lineno}: not JSON ({_what(error)}): write one array of objects") from None
     for number, values in enumerate(array, 1):
         if not isinstance(values, dict):
             raise BadData(f"{name} row {number}: a {type(values).__name__} instead of an object")
