@@ -164,6 +164,8 @@ async def test_a_quota_is_told_and_waited_for(stage: Stage) -> None:
             "must be greater than or equal",
         ),
         ({"hostNetwork": True}, "violates PodSecurity"),
+        ({"nodeSelectors": {"pool": "spot"}}, 'unknown field "spec.nodeSelectors"'),
+        ({"containers": [{"name": "trainer", "envs": []}]}, 'unknown field "spec.containers[0].envs"'),
     ],
 )
 async def test_a_pod_template_that_is_refused_fails_in_the_api_servers_words(
@@ -171,6 +173,7 @@ async def test_a_pod_template_that_is_refused_fails_in_the_api_servers_words(
 ) -> None:
     await stage[0].create("r", podTemplate={"spec": patch})
     await ends_failed(stage, "InvalidSpec", words)
+    assert stage[1].created == [], "no pod ever held a GPU"
 
 
 async def test_suspend_saves_frees_the_pods_and_resume_goes_on(stage: Stage) -> None:

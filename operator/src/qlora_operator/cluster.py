@@ -115,8 +115,8 @@ class Cluster:
                 path = f"{core}/{_KINDS[body['kind']]}/{body['metadata']['name']}"
                 query = {"fieldManager": names.FIELD_MANAGER, "force": "true"}
                 await self._kube.request("PATCH", path, query=query, body=body, content_type=APPLY)
-            case CreatePod(_, body):
-                query = {"fieldManager": names.FIELD_MANAGER}
+            case CreatePod(_, body):  # strict: a misspelt field of podTemplate is refused by name, not dropped
+                query = {"fieldManager": names.FIELD_MANAGER, "fieldValidation": "Strict"}
                 await self._kube.request("POST", f"{core}/pods", query=query, body=body)
             case DeletePod(name, uid, force):
                 body = {**_precondition(uid), **({"gracePeriodSeconds": 0} if force else {})}
