@@ -10,6 +10,7 @@ NODES ?= 2
 PYTEST_ARGS ?=
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder # these tests mostly wait for processes that they started
 HELM_ARGS ?=
+KEEP ?=
 UV := $(shell hack/uv.sh)
 RUN := $(UV) run --frozen --no-sync
 CTL := $(RUN) python -m hack.cluster
@@ -112,8 +113,8 @@ cluster-up: sync ## Start the local Kubernetes (builds it once). CLUSTER=current
 	$(CTL) up --nodes $(NODES)
 
 .PHONY: cluster-down
-cluster-down: sync ## Stop it; leaves no process, mount, interface, rule or cgroup.
-	$(CTL) down
+cluster-down: sync ## Stop it and delete its S3, adapters included. KEEP=1 keeps S3, etcd and node disks for the next cluster-up.
+	$(CTL) down $(if $(KEEP),--keep)
 
 .PHONY: images
 images: sync ## Build both images and load them into the cluster's nodes, or with CLUSTER=current push them to REGISTRY.

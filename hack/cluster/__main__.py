@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--node-memory", type=float, default=0, metavar="GIB", help="allocatable memory of a node")
     up.add_argument("--quick", action="store_true", default=os.environ.get("QUICK") == "1", help="quick node death")
     up.add_argument("--control-plane-only", action="store_true", help="etcd and the API server, nothing else")
-    down = command("down", _down, "stop it; leaves nothing behind")
+    down = command("down", _down, "stop it and delete what its S3 holds, adapters included, unless --keep is set")
     down.add_argument("--keep", action="store_true", help="keep its state (etcd, node disks, S3) for the next up")
     command("status", _status, "what runs and how to reach it, as JSON")
     command("leftovers", _leftovers, "list what a cluster that is down left behind; fails when there is any")

@@ -62,6 +62,10 @@ def down(cluster: Cluster, keep: bool = False) -> None:
 
     Raises RuntimeError with the list when something is left behind.
     """
+    if stored := s3.buckets(cluster):
+        names = ", ".join(f"{name} ({size / 1e6:.1f} MB)" for name, size in stored.items())
+        kept = "stay for the next up" if keep else "go with it, adapters included; make cluster-down KEEP=1 keeps them"
+        say(f"its S3 buckets {names} {kept}")
     with locked(f"cluster-{cluster.name}"), step(f"taking cluster {cluster.name} down"):
         outer = namespaces.find(cluster.dir)
         if outer is not None:

