@@ -20,7 +20,7 @@ from hack.cluster.s3 import binary
 from qlora_api.run import ExitCode
 from qlora_api.types import S3Access
 from qlora_trainer.checkpoint import find_complete
-from qlora_trainer.errors import BadConfig, StorageError
+from qlora_trainer.errors import StorageError
 from qlora_trainer.storage import MULTIPART_BYTES, S3Store, open_store, read_bytes
 
 
@@ -136,7 +136,7 @@ def test_errors_name_bucket_and_endpoint_and_what_to_do(server: Server, tmp_path
     with pytest.raises(StorageError, match=r"bucket runs at http://127.0.0.1:9: .*check the endpoint"):
         open_store("s3://runs/x", silent, server.secret).list()
     (wrong / "AWS_SECRET_ACCESS_KEY").unlink()
-    with pytest.raises(BadConfig, match="Secret mine has no AWS_SECRET_ACCESS_KEY"):
+    with pytest.raises(StorageError, match="Secret mine has no AWS_SECRET_ACCESS_KEY"):
         open_store("s3://runs/x", S3Access.model_validate({"secretRef": {"name": "mine"}}), wrong)
 
 

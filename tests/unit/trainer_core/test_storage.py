@@ -7,10 +7,11 @@ from typing import Any, BinaryIO
 
 import pytest
 
+from qlora_api.run import ExitCode
 from qlora_api.types import S3Access
 from qlora_trainer import sources
 from qlora_trainer.control import WorkerEnv
-from qlora_trainer.errors import BadConfig, BadData, BadModel, StorageError
+from qlora_trainer.errors import BadConfig, BadData, BadModel, StorageError, classify
 from qlora_trainer.storage import Entry, FileStore, open_store, read_bytes
 
 ACCESS = S3Access()
@@ -45,11 +46,21 @@ def test_keys_stay_inside(store: FileStore) -> None:
         store.put("../outside", b"")
 
 
-def test_other_schemes_and_missing_keys_are_bad_config(tmp_path: Path) -> None:
+def test_other_schemes_are_bad_config(tmp_path: Path) -> None:
     with pytest.raises(BadConfig, match="only s3:// and file://"):
         open_store("http://x/y", ACCESS, tmp_path)
-    with pytest.raises(BadConfig, match="Secret s3 has no AWS_ACCESS_KEY_ID and no AWS_SECRET_ACCESS_KEY"):
-        open_store("s3://bucket/x", S3Access.model_validate({"secretRef": {"name": "s3"}}), tmp_path)
+
+
+def test_a_secret_without_keys_is_tried_again_and_heals(tmp_path: Path) -> None:
+    access = S3Access.model_validate({"secretRef": {"name": "s3"}})
+    with pytest.raises(StorageError, match="Secret s3 has no AWS_ACCESS_KEY_ID and no AWS_SECRET_ACCESS_KEY") as caught:
+        open_store("s3://bucket/x", access, tmp_path)
+    assert classify(caught.value).exit_code == ExitCode.STORAGE
+    (tmp_path / "AWS_ACCESS_KEY_ID").write_text("id")
+    with pytest.raises(StorageError, match="Secret s3 has no AWS_SECRET_ACCESS_KEY: add"):
+        open_store("s3://bucket/x", access, tmp_path)
+    (tmp_path / "AWS_SECRET_ACCESS_KEY").write_text("key")
+    assert open_store("s3://bucket/x", access, tmp_path).uri == "s3://bucket/x"
 
 
 class Flaky:

@@ -270,7 +270,9 @@ def _s3_client(endpoint: str | None, access: S3Access, secret_dir: Path) -> Any:
 
     credentials = {key: _secret(secret_dir, key) for key in _KEYS}
     if access.secret_ref and (missing := [key for key, value in credentials.items() if not value]):
-        raise BadConfig(f"Secret {access.secret_ref.name} has no {' and no '.join(missing)}: add the missing keys")
+        raise StorageError(  # not BadConfig: the spec is right, and a corrected Secret reaches the pod by itself
+            f"Secret {access.secret_ref.name} has no {' and no '.join(missing)}: add what is missing to the Secret."
+        )
     config = Config(
         connect_timeout=CONNECT_SECONDS,
         read_timeout=READ_SECONDS,
