@@ -105,7 +105,9 @@ def events_between(old: QLoRAFinetuneStatus, new: QLoRAFinetuneStatus) -> tuple[
     if new.generation > old.generation:
         names = ", ".join(member.pod_name for member in new.members)
         events.append(Event(Reason.MEMBERS_CHANGED, f"generation {new.generation}: {names}"))
-    return tuple(dict.fromkeys([*events, *_node_events(old, new), *_straggler_events(old, new)]))
+    warned = {(event.reason, event.message) for event in events if event.kind == "Warning"}
+    told_once = [e for e in events if e.kind == "Warning" or (e.reason, e.message) not in warned]
+    return tuple(dict.fromkeys([*told_once, *_node_events(old, new), *_straggler_events(old, new)]))
 
 
 def _node_events(old: QLoRAFinetuneStatus, new: QLoRAFinetuneStatus) -> list[Event]:

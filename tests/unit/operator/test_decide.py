@@ -143,6 +143,8 @@ def test_bad_data_ends_the_run_with_its_sentence_and_frees_the_pods() -> None:
     failed = conditions.find(decision.status, ConditionType.FAILED)
     assert failed is not None and failed.reason == Reason.INVALID_DATASET and "it broke" in failed.message
     assert decision.status.last_failure is not None and decision.status.last_failure.exit_code == 65
+    told = [(event.reason, event.kind) for event in decision.events]
+    assert told == [(Reason.INVALID_DATASET, "Warning")], "one event, though two conditions say it"
     assert names_of(decision, DeletePod) == ["r-0-0", "r-1-0"] and decision.membership.command == Command.STOP
 
 
