@@ -212,8 +212,8 @@ def _storage_trouble(o: Observed, pod: Pod) -> Trouble | None:
         return None
     if agent.highest > 0 or agent.report.state not in (AgentState.WARMING, AgentState.FAILED):
         return None
-    advice = exits.ADVICE[Reason.STORAGE_UNAVAILABLE]
-    return Trouble(Reason.STORAGE_UNAVAILABLE, f"{pod.name}: {agent.failure.message} {advice}")
+    reason = Reason.STORAGE_UNAVAILABLE
+    return Trouble(reason, exits.advised(f"{pod.name}: {agent.failure.message}", reason))
 
 
 def worst_trouble(o: Observed) -> Trouble | None:

@@ -61,13 +61,18 @@ class Ending:
         return self.exit_code is not None and self.exit_code not in FREE and self.exit_code not in _SIGTERM
 
 
+def advised(what: str, reason: Reason) -> str:
+    """What happened as a sentence with its end, then what to do about it."""
+    return f"{what.rstrip('. ')}. {ADVICE.get(reason, '')}".strip()
+
+
 def describe(ending: Ending) -> str:
     """Who, where, how and what to do, in one or two sentences."""
     who = f"rank {ending.rank} in {ending.pod_name}" if ending.rank is not None else ending.pod_name or "the run"
     where = f" on node {ending.node_name}" if ending.node_name else ""
     how = f" ended with exit code {ending.exit_code}" if ending.exit_code is not None else ""
-    what = f": {ending.message.rstrip('. ')}" if ending.message else ""
-    return f"{who}{where}{how} at step {ending.step}{what}. {ADVICE.get(ending.reason, '')}".strip()
+    what = f": {ending.message}" if ending.message else ""
+    return advised(f"{who}{where}{how} at step {ending.step}{what}", ending.reason)
 
 
 def of_termination(pod_name: str, node_name: str, termination: Termination) -> Ending:

@@ -24,7 +24,7 @@ from qlora_api.names import Reason
 from qlora_api.run import NEVER_RETRIED, ExitCode
 from qlora_api.status import FailureRecord, LastFailure, QLoRAFinetuneStatus, Restarts
 from qlora_api.types import FailurePolicy
-from qlora_operator.exits import ADVICE, FATAL_REASONS, Ending, describe
+from qlora_operator.exits import FATAL_REASONS, Ending, advised, describe
 
 SAME_STEP_LIMIT = 3
 NODE_FAULT_LIMIT = 2
@@ -94,8 +94,7 @@ def never_retried(case: Case) -> Verdict | None:
     if case.ending.exit_code not in NEVER_RETRIED:
         return None
     reason = FATAL_REASONS[ExitCode(case.ending.exit_code)]
-    what = (case.ending.message or reason).rstrip(". ")
-    return Verdict("Fail", reason, f"{what}. {ADVICE[reason]}", case.ending)
+    return Verdict("Fail", reason, advised(case.ending.message or reason, reason), case.ending)
 
 
 def asked_for(case: Case) -> Verdict | None:

@@ -187,7 +187,7 @@ def test_storage_out_of_reach_is_told_and_ends_the_run_in_time() -> None:
     status = training(P0, P1, conditions=pending, generation=0, members=[])
     decision = decide(observed([P0, P1], broken, status), SETTINGS)
     shown = conditions.find(decision.status, ConditionType.RUNNING)
-    assert shown.reason == Reason.STORAGE_UNAVAILABLE and "Check endpoint, bucket" in shown.message
+    assert shown.reason == Reason.STORAGE_UNAVAILABLE and "it broke. Check endpoint, bucket" in shown.message
     assert decision.status.restarts.failures == 0 and decision.status.slots == status.slots
     old = [replace(each, age=301.0) for each in (P0, P1)]
     assert decide(observed(old, broken, status), SETTINGS).status.state == State.FAILED
