@@ -186,6 +186,13 @@ def test_whom_we_avoid_has_a_time_and_after_it_nobody(history: list[tuple[str, i
     assert failure.forgive(status, now + timedelta(seconds=HOUR), HOUR).avoided_nodes == []
 
 
+def test_advice_fits_a_secret_as_well_as_a_spec() -> None:
+    verdict = judge(Ending("r-0-0", "n", Reason.INVALID_SPEC, 64, "Secret s3 has no KEY: add the missing keys"))
+    assert verdict.message == (
+        "Secret s3 has no KEY: add the missing keys. Once that is corrected, create a new QLoRAFinetune."
+    )
+
+
 def test_containers_ends() -> None:
     killed = exits.of_container(pod(0, exit=Exit(137, "OOMKilled")), step=4)
     assert (killed.reason, killed.exit_code, killed.step) == (Reason.OUT_OF_MEMORY, ExitCode.OUT_OF_MEMORY, 4)
