@@ -20,7 +20,8 @@ from hack.cluster.s3 import binary
 from qlora_api.run import ExitCode
 from qlora_api.types import S3Access
 from qlora_trainer.checkpoint import find_complete
-from qlora_trainer.errors import StorageError
+from qlora_trainer.errors import BadData, BadModel, StorageError
+from qlora_trainer.sources import ensure_dataset, ensure_model
 from qlora_trainer.storage import MULTIPART_BYTES, S3Store, open_store, read_bytes
 
 
@@ -67,7 +68,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         *(f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}"),
         *(f"-s3.config={folder / 'identities.json'}", "-volume.max=0", "-master.volumeSizeLimitMB=256"),
         *(f"-filer.localSocket={folder / 'filer.sock'}", f"-s3.localSocket={folder / 's3.sock'}"),
-        "-master.telemetry=false",
+        *("-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),  # ports of their own: taken
     ]
     secret = folder / "secret"
     secret.mkdir()
@@ -180,6 +181,18 @@ def test_a_run_from_s3_to_s3(s3_world: Any, server: Server) -> None:
     manifest = json.loads(read_bytes(store, "manifest.json"))
     sizes = {entry.key: entry.size for entry in store.list("adapter/")}
     assert {record["name"]: record["size"] for record in manifest["files"]} == sizes
+
+
+@pytest.mark.parametrize(("section", "error"), [("model", BadModel), ("dataset", BadData)])
+def test_a_path_with_nothing_below_it_is_told_as_such(s3_world: Any, section: str, error: type[Exception]) -> None:
+    source = getattr(s3_world.config.spec, section).model_copy(update={"uri": "s3://runs/sources/nope"})
+    config = s3_world.config.model_copy(update={"spec": s3_world.config.spec.model_copy(update={section: source})})
+    says = r"s3://runs/sources/nope: nothing lies below this URI; check the bucket and the path"
+    with pytest.raises(error, match=says):
+        if section == "model":
+            ensure_model(config, s3_world.env(0))
+        else:
+            ensure_dataset(source.uri, config, s3_world.env(0), "dataset")
 
 
 def test_an_unreachable_output_ends_with_storage(s3_world: Any, server: Server) -> None:

@@ -108,6 +108,14 @@ def test_fetch_resumes_and_survives_the_store(env: WorkerEnv) -> None:
     assert store.starts == []
 
 
+def test_an_empty_store_is_told_apart_from_one_without_the_right_files(env: WorkerEnv) -> None:
+    folder = env.cache_dir / "models" / "key"
+    with pytest.raises(FileNotFoundError, match="nothing lies below this URI"):
+        sources._fetch(Flaky({}, 99), folder, sources.MODEL_PATTERNS, True, env)
+    assert not (folder / sources.COMPLETE).exists()
+    assert sources._fetch(Flaky({"notes.pdf": b"x"}, 99), folder, sources.MODEL_PATTERNS, True, env) == (folder, [])
+
+
 def test_what_changed_is_fetched_again(env: WorkerEnv) -> None:
     folder = env.cache_dir / "models" / "key"
     sources._fetch(Flaky({"a.json": b"old", "b.json": b"same"}, 99), folder, sources.MODEL_PATTERNS, True, env)
@@ -120,6 +128,8 @@ def test_model_sources(env: WorkerEnv, make_config: Any, tmp_path: Path) -> None
     folder = tmp_path / "model"
     folder.mkdir()
     config = make_config(model={"uri": f"file://{folder}"})
+    with pytest.raises(BadModel, match="model holds no file in the trainer pod; correct the URI"):
+        sources.ensure_model(config, env)
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(BadModel, match=r"no \*.safetensors.*never read"):
         sources.ensure_model(config, env)
@@ -137,6 +147,9 @@ def test_data_sources(env: WorkerEnv, make_config: Any, tmp_path: Path) -> None:
     with pytest.raises(BadData, match="does not exist in the trainer pod"):
         sources.ensure_dataset(f"file://{tmp_path}/nowhere", make_config(), env, "dataset")
     (tmp_path / "data" / "deep").mkdir(parents=True)
+    with pytest.raises(BadData, match="data holds no file in the trainer pod; correct the URI"):
+        sources.ensure_dataset(f"file://{tmp_path}/data", make_config(), env, "dataset")
+    (tmp_path / "data" / "notes.txt").write_text("x")
     with pytest.raises(BadData, match="no data files: put"):
         sources.ensure_dataset(f"file://{tmp_path}/data", make_config(), env, "dataset")
     (tmp_path / "data" / "deep" / "x.jsonl").write_text("{}")

@@ -52,7 +52,10 @@ def ensure_model(config: TrainConfig, env: WorkerEnv) -> Source:
         elif gguf := [name for name in names if name.endswith(".gguf")]:
             folder, names = _converted_gguf(folder / gguf[0], env)
         else:
-            raise BadModel(f"{model.uri} has no *.safetensors: convert the weights (pickled *.bin are never read)")
+            raise BadModel(
+                f"{model.uri} has no *.safetensors: name the folder that holds them, or convert the weights (pickled"
+                " *.bin are never read)"
+            )
         return _digested(folder, names, env)
 
     return _pinned(env.run_dir / "model.json", resolve)
@@ -103,13 +106,17 @@ def _locate(
             raise bad(f"{uri}: {path} does not exist in the trainer pod; correct the URI or mount the volume")
         if path.is_file():
             return path.parent, [path.name]
-        return path, _matching(
-            (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()), patterns, top_only
-        )
+        found = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
+        if not found:
+            raise bad(f"{uri}: {path} holds no file in the trainer pod; correct the URI or fill the volume")
+        return path, _matching(found, patterns, top_only)
     if parts.scheme == "hf":
         return _from_hub(uri, revision, secret, patterns, env, top_only)
     store = open_store(uri, access, env.secrets_dir / secret)
-    return _fetch(store, _cache_folder(env, secret, uri, access.endpoint), patterns, top_only, env)
+    try:
+        return _fetch(store, _cache_folder(env, secret, uri, access.endpoint), patterns, top_only, env)
+    except FileNotFoundError as error:
+        raise bad(f"{uri}: {error}; check the bucket and the path") from error
 
 
 def _matching(names: Iterable[str], patterns: tuple[str, ...], top_only: bool) -> list[str]:
@@ -134,7 +141,10 @@ def _lock(env: WorkerEnv, folder: Path) -> FileLock:
 def _fetch(
     store: ObjectStore, folder: Path, patterns: tuple[str, ...], top_only: bool, env: WorkerEnv
 ) -> tuple[Path, list[str]]:
-    """Bring the store's matching objects into `folder`; what is there with the same tag stays."""
+    """Bring the store's matching objects into `folder`; what is there with the same tag stays.
+
+    Raises FileNotFoundError when the store holds nothing at all.
+    """
     with _lock(env, folder):
         complete = folder / COMPLETE
         known = json.loads(complete.read_text()) if complete.is_file() else {}
@@ -144,6 +154,8 @@ def _fetch(
             if not known:
                 raise
             return folder, sorted(known)  # complete on this disk: an unreachable store stops nothing
+        if not entries:
+            raise FileNotFoundError("nothing lies below this URI")
         names = _matching(entries, patterns, top_only)
         stale = [name for name in names if known.get(name) != entries[name].tag or not (folder / name).is_file()]
         with ThreadPoolExecutor(_THREADS) as pool:
