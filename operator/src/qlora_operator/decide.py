@@ -17,7 +17,7 @@ from datetime import timedelta
 
 from qlora_api.names import ConditionType, Reason
 from qlora_api.run import AgentState, Command, ExitCode, Membership
-from qlora_api.status import Nodes, QLoRAFinetuneStatus, Slot
+from qlora_api.status import Nodes, QLoRAFinetuneStatus, Slot, State
 from qlora_operator import agents, conditions, endings, failure, membership, pods, slots, stragglers
 from qlora_operator.conditions import is_over, is_true, put
 from qlora_operator.endings import RunEnd
@@ -232,11 +232,19 @@ def _answer(status: QLoRAFinetuneStatus, prepare: int, command: Command) -> Memb
     return Membership(generation=status.generation, members=status.members, prepare=prepare, command=command)
 
 
+def _present(status: QLoRAFinetuneStatus) -> QLoRAFinetuneStatus:
+    """Speed and time to go are of now: a run that waits, is suspended or failed has neither."""
+    if status.state in (State.RUNNING, State.SUCCEEDED):
+        return status
+    progress = status.progress.model_copy(update={"tokens_per_second": None, "eta_seconds": None})
+    return status.model_copy(update={"progress": progress})
+
+
 def _finish(before: Observed, decision: Decision, settings: Settings) -> Decision:
     """The state word, the throttle on progress, the events, a requeue within bounds."""
     old, new = before.status, decision.status
     heard = any(agents.agent_of(before, pod) is not None for pod in before.pods if pod.live)
-    new = new.model_copy(update={"state": conditions.state_word(new, heard)})
+    new = _present(new.model_copy(update={"state": conditions.state_word(new, heard)}))
     requeue = min(max(decision.requeue_after, SOONEST), settings.resync_seconds)
     kept = new.model_copy(update={"progress": old.progress, "progress_time": old.progress_time})
     if kept == old and new != old and old.progress_time is not None:

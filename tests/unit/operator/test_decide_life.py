@@ -19,7 +19,7 @@ from tests.unit.operator.build import (
 
 from qlora_api.names import ConditionType, Reason
 from qlora_api.run import AgentState, Command, ExitCode
-from qlora_api.status import Artifacts, Slot, State
+from qlora_api.status import Artifacts, Progress, Slot, State
 from qlora_operator import conditions
 from qlora_operator.decide import decide
 from qlora_operator.state import CreatePod, DeletePod, DeleteRun, Observed
@@ -71,6 +71,20 @@ def test_suspend_waits_for_the_last_checkpoint_then_gives_the_pods_back() -> Non
     assert done.status.restarts.disruptions == 0
     repeated = decide(replace(o, status=done.status), SETTINGS)
     assert repeated.status == done.status and names_of(repeated, DeletePod) == ["r-0-0", "r-1-0"]
+
+
+def test_speed_and_time_to_go_are_those_of_a_run_that_runs() -> None:
+    progress = Progress(step=7, total_steps=100, loss=1.5, tokens_per_second=90.0, eta_seconds=600)
+    fast = [replace(a, report=a.report.model_copy(update={"progress": progress})) for a in (running(P0), running(P1))]
+    o = observed([P0, P1], fast, training(P0, P1))
+    runs = decide(o, SETTINGS).status
+    assert runs.progress == progress
+    stopped = tuple(replace(a, failure=ended(ExitCode.STOPPED)) for a in fast)
+    suspended = decide(replace(suspending(o), status=runs, agents=stopped), SETTINGS).status
+    waiting = decide(replace(o, status=suspended, pods=(), agents=()), SETTINGS).status
+    assert (suspended.state, waiting.state) == (State.SUSPENDED, State.PENDING)
+    for status in (suspended, waiting):
+        assert status.progress == Progress(step=7, total_steps=100, loss=1.5)
 
 
 def test_suspend_does_not_wait_for_ever() -> None:
