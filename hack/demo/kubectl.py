@@ -43,6 +43,13 @@ class Kubectl:
     kubeconfig: Path | None
     namespace: str = "default"
 
+    @classmethod
+    def find(cls, namespace: str) -> "Kubectl":
+        """The local cluster's kubectl or, with CLUSTER=current, the one of the current context."""
+        if os.environ.get("CLUSTER", "local") == "local":
+            return cls(Path(json.loads(cluster("status"))["kubeconfig"]), namespace)
+        return cls(None, namespace)
+
     @property
     def environment(self) -> dict[str, str]:
         return {**os.environ, **({"KUBECONFIG": str(self.kubeconfig)} if self.kubeconfig else {})}

@@ -4,10 +4,8 @@ Rules: a test applies resources and looks at what the API server and the bucket 
 applied; what runs for long is shared.
 """
 
-import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,9 +48,7 @@ def kubectl(store: upload.Store) -> Kubectl:
         *("deploy", "--set", "timing.statusIntervalSeconds=0.5"),
         *("--set", f"timing.blockedSeconds={BLOCKED_SECONDS}", "--set", "log.format=text"),
     )
-    local = os.environ.get("CLUSTER", "local") == "local"
-    kubeconfig = Path(json.loads(cluster("status"))["kubeconfig"]) if local else None
-    return fresh_namespace(Kubectl(kubeconfig, NAMESPACE), store)
+    return fresh_namespace(Kubectl.find(NAMESPACE), store)
 
 
 @pytest.fixture
