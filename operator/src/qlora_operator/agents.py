@@ -223,6 +223,14 @@ def worst_trouble(o: Observed) -> Trouble | None:
     return min(found, key=lambda trouble: _SEVERITY.index(trouble.reason), default=None)
 
 
+def only_spare_places_lack_room(o: Observed) -> bool:
+    """What is wrong is that there is no room for places beyond minNodes; the others have theirs."""
+    trouble = worst_trouble(o)
+    if trouble is None or trouble.reason not in (Reason.UNSCHEDULABLE, Reason.QUOTA_EXCEEDED):
+        return False
+    return len(current_pods(o, o.status.slots)) - len(troubles(o)) >= o.run.spec.elastic_policy.min_nodes
+
+
 def refusal_trouble(refusal: Refusal) -> Trouble:
     """Why the API server does not create a pod."""
     if refusal.status == 403 and "exceeded quota" in refusal.message:

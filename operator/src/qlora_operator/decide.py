@@ -120,10 +120,11 @@ def _describe(o: Observed, status: QLoRAFinetuneStatus, plan: Plan, settings: Se
     nodes = Nodes(desired=policy.max_nodes, ready=len(found), active=active)
     status = status.model_copy(update={"nodes": nodes, "nodes_summary": f"{active}/{policy.max_nodes}"})
     trouble = agents.worst_trouble(o)
-    also = f"; {trouble.message}" if trouble else ""
+    spare = agents.only_spare_places_lack_room(o)  # no Warning: the run does not wait for them
+    also = f"; {'no room for more: ' if spare else ''}{trouble.message}" if trouble else ""
     if plan.too_few:
         missing = f"{len(found)} of at least {policy.min_nodes} nodes are ready"
-        reason = trouble.reason if trouble else _waiting_reason(o, status)
+        reason = trouble.reason if trouble and not spare else _waiting_reason(o, status)
         return put(status, ConditionType.RUNNING, False, reason, f"{missing}{also}", o.now)
     runs = any(
         agent.report.state == AgentState.RUNNING and agent.report.generation == status.generation

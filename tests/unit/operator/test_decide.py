@@ -193,6 +193,28 @@ def test_storage_out_of_reach_is_told_and_ends_the_run_in_time() -> None:
     assert decide(observed(old, broken, status), SETTINGS).status.state == State.FAILED
 
 
+@pytest.mark.parametrize(
+    ("min_nodes", "reason", "words"),
+    [
+        (1, Reason.WARMING_UP, "0 of at least 1 nodes are ready; no room for more: 0/1 nodes"),
+        (2, Reason.UNSCHEDULABLE, "0 of at least 2 nodes are ready; 0/1 nodes"),
+    ],
+)
+def test_no_room_beyond_min_nodes_is_told_but_not_as_a_warning(min_nodes: int, reason: Reason, words: str) -> None:
+    homeless = pod(1, phase="Pending", node="", trouble=Trouble(Reason.UNSCHEDULABLE, "0/1 nodes are available"))
+    spec = {"elasticPolicy": {"minNodes": min_nodes, "maxNodes": 2}}
+    waiting = training(P0, P1, conditions=[], generation=0, members=[])
+    decision = decide(observed([P0, homeless], [agent(P0, AgentState.WARMING)], waiting, spec), SETTINGS)
+    shown = conditions.find(decision.status, ConditionType.RUNNING)
+    assert shown is not None and shown.reason == reason and shown.message.startswith(words)
+    kinds = {event.kind for event in decision.events}
+    assert kinds == ({"Warning"} if reason == Reason.UNSCHEDULABLE else {"Normal"})
+    runs = decide(observed([P0, homeless], [running(P0)], training(P0, slots=waiting.slots), spec), SETTINGS)
+    told = conditions.find(runs.status, ConditionType.RUNNING)
+    assert told is not None and told.message.startswith("training on 1 of 2 nodes; ")
+    assert ("no room for more: " in told.message) is (min_nodes == 1)
+
+
 def test_a_quota_waits_and_an_invalid_pod_fails() -> None:
     quota = Refusal("r-0-0", 403, 'pods "r-0-0" is forbidden: exceeded quota: gpus')
     decision = decide(observed([], [], refusals=(quota,)), SETTINGS)
