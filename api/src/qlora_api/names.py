@@ -51,6 +51,7 @@ class Reason(StrEnum):
     QUOTA_EXCEEDED = "QuotaExceeded"
     IMAGE_PULL_FAILED = "ImagePullFailed"
     MISSING_SECRET = "MissingSecret"
+    MOUNT_FAILED = "MountFailed"
     WARMING_UP = "WarmingUp"
     TRAINING = "Training"
     TOO_FEW_NODES = "TooFewNodes"

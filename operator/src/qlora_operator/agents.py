@@ -23,6 +23,7 @@ _SEVERITY = (
     Reason.MISSING_SECRET,
     Reason.IMAGE_PULL_FAILED,
     Reason.STORAGE_UNAVAILABLE,
+    Reason.MOUNT_FAILED,
     Reason.UNSCHEDULABLE,
     Reason.PODS_PENDING,
 )

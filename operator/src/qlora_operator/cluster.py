@@ -80,14 +80,17 @@ class Cluster:
         return Sight(Seen(run=run, status=status, pods=tuple(sorted(pods, key=lambda pod: pod.name))), raw)
 
     async def _mount_messages(self, pod: Json, now: datetime) -> tuple[str, ...]:
-        """The kubelet tells of a missing Secret in events only."""
+        """The kubelet tells in events only what it cannot mount; oldest first."""
         age = (now - datetime.fromisoformat(pod["metadata"]["creationTimestamp"])).total_seconds()
         if age < MOUNT_PATIENCE_SECONDS or not is_mounting(pod):
             return ()
         path = f"/api/v1/namespaces/{pod['metadata']['namespace']}/events"
         selector = f"involvedObject.uid={pod['metadata']['uid']},reason=FailedMount"
         found = await self._kube.request("GET", path, query={"fieldSelector": selector})
-        return tuple(event.get("message", "") for event in found["items"])
+        told = sorted(
+            found["items"], key=lambda event: event.get("lastTimestamp") or event["metadata"]["creationTimestamp"]
+        )
+        return tuple(event.get("message", "") for event in told)
 
     async def write_status(self, raw: Json, status: QLoRAFinetuneStatus) -> None:
         """Replace the status unless the resource changed since it was read (ApiError 409)."""

@@ -13,6 +13,7 @@ WARNINGS = frozenset(
         Reason.QUOTA_EXCEEDED,
         Reason.IMAGE_PULL_FAILED,
         Reason.MISSING_SECRET,
+        Reason.MOUNT_FAILED,
         Reason.STORAGE_UNAVAILABLE,
         Reason.TOO_FEW_NODES,
         Reason.INVALID_SPEC,

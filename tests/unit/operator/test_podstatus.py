@@ -68,7 +68,15 @@ def test_a_secret_that_the_kubelet_misses() -> None:
     pod = parse_pod(raw(), NOW, ('MountVolume.SetUp failed for volume "secret-model" : secret "hub" not found',))
     assert pod.trouble is not None and pod.trouble.reason == Reason.MISSING_SECRET
     assert "Secret hub does not exist in namespace ns" in pod.trouble.message
-    assert parse_pod(raw(), NOW, ("MountVolume.SetUp failed: timed out",)).trouble is None
+
+
+def test_what_else_cannot_be_mounted_is_told_after_a_while() -> None:
+    messages = ("failed to sync configmap cache", "MountVolume.SetUp failed: no space left on device")
+    young = {"creationTimestamp": "2026-06-01T11:59:40Z"}
+    assert parse_pod(raw(metadata=young), NOW, messages).trouble is None
+    pod = parse_pod(raw(), NOW, messages)
+    assert pod.trouble is not None and pod.trouble.reason == Reason.MOUNT_FAILED
+    assert "r-1-3: MountVolume.SetUp failed: no space left on device; check" in pod.trouble.message
 
 
 def test_who_may_be_mounting() -> None:
@@ -77,4 +85,6 @@ def test_who_may_be_mounting() -> None:
         "containerStatuses": [{"name": "trainer", "state": {"waiting": {"reason": "ContainerCreating"}}}],
     }
     assert is_mounting(raw({"phase": "Pending"})) and is_mounting(raw(creating))
+    mounted = {"type": "PodReadyToStartContainers", "status": "True"}
+    assert not is_mounting(raw({**creating, "conditions": [mounted]})), "it pulls its image"
     assert not is_mounting(raw({"phase": "Pending"}, node="")) and not is_mounting(raw(container({"running": {}})))
