@@ -8,6 +8,7 @@ from typing import Any
 import gguf
 import torch
 from safetensors.torch import load_file
+from tests.integration.trainer.test_card import assert_card_works
 from transformers import LlamaConfig
 
 from qlora_trainer.sources import ensure_model
@@ -80,3 +81,4 @@ def test_gguf_is_converted_once_and_trained_on(make_world: Callable[..., Any], m
     stamp = (source.path / "model.safetensors").stat().st_mtime_ns
     assert world.run([0, 1]) == [0, 0]
     assert (source.path / "model.safetensors").stat().st_mtime_ns == stamp, "converted once"
+    assert_card_works(world, tmp_path / "user")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from qlora_api.layout import MANIFEST, RunLayout, checkpoint_key
 from qlora_trainer import adapter, checkpoint
 from qlora_trainer.errors import BadAdapter, Fenced, StorageError
-from qlora_trainer.report import MAX_POINTS, History, loss_picture, model_card
+from qlora_trainer.report import ADAPTER_KEY, MAX_POINTS, History, loss_picture, model_card
 from qlora_trainer.storage import FileStore, read_bytes
 
 A, B = "base_model.model.l.lora_A.weight", "base_model.model.l.lora_B.weight"
@@ -66,6 +66,43 @@ def test_picture_and_card(make_config: Any) -> None:
     metrics = adapter.metrics_of(history, 2, (2, 1.5), {"tokens_per_second": 12.34567})
     card = model_card(config, metrics, adapter.provenance_of(config, {"model_digest": "m", "dataset_digest": "d"}))
     assert "base_model: org/base" in card and "| eval loss after | 1.5 |" in card and "torch" in card
+    assert "`s3://bucket/runs/run-01234567/manifest.json`, two folders up" in card
+
+
+@pytest.mark.parametrize(
+    ("model", "fetched", "call"),
+    [
+        ({"uri": "hf://org/base"}, None, 'from_pretrained("org/base")'),
+        ({"uri": "hf://org/base", "revision": "v1"}, None, 'from_pretrained("org/base", revision="v1")'),
+        (
+            {"uri": "s3://models/tiny", "endpoint": "http://s3:8333", "trustRemoteCode": True},
+            "aws s3 cp --recursive s3://models/tiny/ base/ --endpoint-url http://s3:8333",
+            'from_pretrained("base", trust_remote_code=True)',
+        ),
+        (
+            {"uri": "s3://models/tiny/Q8.gguf"},
+            "aws s3 cp s3://models/tiny/Q8.gguf base/",
+            'from_pretrained("base", gguf_file="Q8.gguf")',
+        ),
+        (
+            {"uri": "pvc://claim/tiny"},
+            "kubectl cp POD:MOUNT_PATH/tiny base  # a POD with the volume claim claim",
+            'from_pretrained("base")',
+        ),
+        ({"uri": "file:///models/tiny"}, "mkdir -p base && cp -r /models/tiny/. base", 'from_pretrained("base")'),
+    ],
+)
+def test_the_card_loads_the_base_from_where_transformers_can(
+    make_config: Any, model: dict[str, Any], fetched: str | None, call: str
+) -> None:
+    config = make_config(model=model)
+    digests = {"model_digest": "m", "dataset_digest": "d"}
+    metrics = adapter.metrics_of(History(), 2, (2, None), {})
+    card = model_card(config, metrics, adapter.provenance_of(config, digests))
+    assert f"AutoTokenizer.{call}\n" in card and f"AutoModelForCausalLM.{call}\n" in card
+    assert "aws s3 cp --recursive s3://bucket/runs/run-01234567/adapter/GENERATION/ adapter/\n" in card
+    assert fetched in card if fetched else " base/" not in card
+    assert ("base_model:" in card) == model["uri"].startswith("hf://"), "the hub knows no other address"
 
 
 def test_bad_adapters() -> None:
@@ -191,6 +228,7 @@ def test_who_was_left_behind_spoils_nothing(tmp_path: Path) -> None:
         folder = tmp_path / f"of-{generation}"
         folder.mkdir()
         save_file({A: torch.full((2, 2), float(generation))}, folder / adapter.WEIGHTS)
+        (folder / "README.md").write_text(f"fetch {ADAPTER_KEY}/ from the bucket")
         measured = {"eval_loss_before": 2.0, "eval_loss_after": 1.0}
         provenance = {"spec": {"output": {"merge": False}}}
         return adapter.publish(store, layout, folder, generation, measured, provenance, lambda: None).adapter_sha256
@@ -200,6 +238,7 @@ def test_who_was_left_behind_spoils_nothing(tmp_path: Path) -> None:
     assert publish(2) == published, "what was published first stands"
     manifest = json.loads(read_bytes(store, MANIFEST))
     assert manifest["generation"] == 3
+    assert read_bytes(store, "adapter/gen-00003/README.md") == b"fetch adapter/gen-00003/ from the bucket"
     for record in manifest["files"]:
         assert hashlib.sha256(read_bytes(store, record["name"])).hexdigest() == record["sha256"]
     assert {entry.key for entry in store.list("adapter/")} == {record["name"] for record in manifest["files"]}

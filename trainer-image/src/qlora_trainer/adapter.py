@@ -24,7 +24,7 @@ from qlora_trainer import faults
 from qlora_trainer.checkpoint import FileRecord
 from qlora_trainer.errors import BadAdapter
 from qlora_trainer.lora import PEFT_PREFIX
-from qlora_trainer.report import History, loss_picture, model_card
+from qlora_trainer.report import ADAPTER_KEY, History, loss_picture, model_card
 from qlora_trainer.skeleton import build_skeleton
 from qlora_trainer.sources import sha256_of
 from qlora_trainer.storage import ObjectStore, read_bytes
@@ -169,6 +169,8 @@ def publish(
     A merged model that lies in the store already is named by the manifest, too.
     """
     key, records = adapter_key(generation), []
+    card = folder / "README.md"
+    card.write_text(card.read_text().replace(ADAPTER_KEY, key))
     for path in sorted(folder.iterdir()):
         fence()
         store.put(f"{key}/{path.name}", path)

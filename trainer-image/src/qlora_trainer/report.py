@@ -5,13 +5,19 @@ MAX_POINTS training points, halving its resolution when it is full. Nothing here
 """
 
 import io
+import json
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
+from qlora_api.layout import ADAPTERS, MANIFEST, RunLayout
 from qlora_api.run import TrainConfig
+from qlora_api.types import QLoRAFinetuneSpec
 
 MAX_POINTS = 1000
+ADAPTER_KEY = f"{ADAPTERS}/GENERATION"  # in the card until it is uploaded: only then the generation is known
 
 
 @dataclass
@@ -103,13 +109,14 @@ def _smoothed(values: list[float], weight: float = 0.9) -> list[float]:
 
 
 def model_card(config: TrainConfig, metrics: dict[str, Any], provenance: dict[str, Any]) -> str:
-    """README.md of the adapter, with the front matter that the hub reads."""
-    spec, base = config.spec, config.spec.model.uri.removeprefix("hf://")
+    """README.md of the adapter, with the front matter that the hub reads; ADAPTER_KEY stands for where it will lie."""
+    spec, layout = config.spec, RunLayout.of(config.spec.output.uri, config.run)
+    base = spec.model.uri.removeprefix("hf://")
+    from_hub = f"base_model: {base}\n" if spec.model.uri.startswith("hf://") else ""  # the hub wants a repository here
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in metrics.items() if value is not None)
     versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
     return f"""---
-base_model: {base}
-library_name: peft
+{from_hub}library_name: peft
 pipeline_tag: text-generation
 tags: [lora, qlora]
 ---
@@ -126,13 +133,7 @@ A LoRA adapter for `{base}`, trained with QLoRA on `{spec.dataset.uri}`.
 
 ## Use
 
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")
-```
+{_usage(spec, layout.uri(ADAPTER_KEY))}
 
 ## How it was made
 
@@ -149,5 +150,52 @@ targets {", ".join(spec.lora.target_modules)} |
 | data digest | `{provenance["dataset_digest"]}` |
 | versions | {versions} |
 
-`manifest.json`, one folder up, lists every file with its size and sha256.
+`{layout.uri(MANIFEST)}`, two folders up, lists every file with its size and sha256.
 """
+
+
+def _usage(spec: QLoRAFinetuneSpec, adapter_uri: str) -> str:
+    """How to fetch adapter and base and load them: commands, then Python that runs beside what they fetched.
+
+    The run converted a GGUF file by `gguf_file=` (sources.py); a user gets the same weights in the same way.
+    """
+    model = spec.model
+    commands = [_fetch(adapter_uri, "adapter", spec.output.endpoint)]
+    where, options = model.uri.removeprefix("hf://"), {"revision": model.revision}
+    if not model.uri.startswith("hf://"):
+        commands.append(_fetch(model.uri, "base", model.endpoint))
+        where, options = "base", {"gguf_file": model.uri.rsplit("/", 1)[1] if _is_gguf(model.uri) else None}
+    arguments = [json.dumps(where), *(f"{name}={json.dumps(value)}" for name, value in options.items() if value)]
+    arguments += ["trust_remote_code=True"] * model.trust_remote_code
+    call = f"from_pretrained({', '.join(arguments)})"
+    hint = '\n\nIf the base is a GGUF file, add `gguf_file="NAME.gguf"` to the first two calls.'
+    fetched = "\n".join(commands)
+    return f"""```bash
+{fetched}
+```
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.{call}
+base = AutoModelForCausalLM.{call}
+model = PeftModel.from_pretrained(base, "adapter")
+```{"" if _is_gguf(model.uri) else hint}"""
+
+
+def _is_gguf(uri: str) -> bool:
+    return uri.lower().endswith(".gguf")
+
+
+def _fetch(uri: str, folder: str, endpoint: str | None) -> str:
+    """A command that brings what lies at an s3://, pvc:// or file:// URI into the folder."""
+    parts = urlsplit(uri)
+    if parts.scheme == "s3":
+        what = f"{uri} {folder}/" if _is_gguf(uri) else f"--recursive {uri.rstrip('/')}/ {folder}/"
+        return f"aws s3 cp {what}" + (f" --endpoint-url {endpoint}" if endpoint else "")
+    target = f"{folder}/{Path(parts.path).name}" if _is_gguf(uri) else folder
+    if parts.scheme == "pvc":
+        claim, path = parts.netloc, parts.path.strip("/") or "."
+        return f"kubectl cp POD:MOUNT_PATH/{path} {target}  # a POD with the volume claim {claim} at MOUNT_PATH"
+    return f"mkdir -p {folder} && cp -r {unquote(parts.path)}{'' if _is_gguf(uri) else '/.'} {target}"
