@@ -100,7 +100,8 @@ def test_the_spec_does_not_move_with_the_status(kubectl: Kubectl, run: dict[str,
 
 
 def test_the_pod_template_keeps_fields_that_the_schema_does_not_name(kubectl: Kubectl) -> None:
-    template = {"metadata": {"labels": {"team": "a"}}, "spec": {"nodeSelector": {"pool": "spot"}, "hostIPC": False}}
+    marks = {"labels": {"team": "a"}, "annotations": {"cost-center": "7"}}
+    template = {"metadata": marks, "spec": {"nodeSelector": {"pool": "spot"}, "hostIPC": False}}
     kubectl.delete("qft", "minimal")
     assert kubectl.apply({**MINIMAL, "spec": {**MINIMAL["spec"], "podTemplate": template}}).returncode == 0
     found = kubectl.get("qft", "minimal")

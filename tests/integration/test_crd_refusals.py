@@ -72,6 +72,15 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("spec.training.optimizer", "sgd", 'supported values: "adamw", "adamw_8bit", "paged_adamw_8bit"'),
     ("spec.numProcPerNode", 0, "should be greater than or equal to 1"),
     ("spec.numProcPerNode", 2, "raise resourcesPerNode.limits['nvidia.com/gpu'] or lower numProcPerNode"),
+    ("spec.resourcesPerNode", {"limits": {"cpu": "two"}}, "limits[cpu]: Invalid value"),
+    ("spec.resourcesPerNode", {"limits": {"cpu": "two"}}, "write a Kubernetes quantity"),
+    ("spec.resourcesPerNode", {"limits": {"cpu": "-1"}}, "write a Kubernetes quantity"),
+    ("spec.resourcesPerNode", {"limits": {"memory": "6GB"}}, "of memory (Gi, not GB)"),
+    ("spec.resourcesPerNode", {"requests": {"memory": "6 Gi"}}, "write a Kubernetes quantity"),
+    ("spec.resourcesPerNode", {"limits": {"memory": "6m"}}, "memory is less than 64Mi: write for example 16Gi"),
+    ("spec.resourcesPerNode", {"limits": {"memory": 16}}, "memory is less than 64Mi: write for example 16Gi"),
+    ("spec.resourcesPerNode", {"limits": {"nvidia.com/gpu": "0.5"}}, "write a whole number of GPUs for nvidia.com/gpu"),
+    ("spec.podTemplate", {"metadata": {"label": {"a": "b"}}}, 'unknown field "spec.podTemplate.metadata.label"'),
     ("spec.training", {"earlyStoppingPatience": 2}, "earlyStoppingPatience needs evaluations: set"),
     (
         "spec.training",
@@ -104,6 +113,8 @@ ACCEPTED: list[dict[str, Any]] = [
         "dataset": {"uri": "s3://data/train.jsonl", "evalFraction": 0.1},
     },
     {"training": {"cpuOffload": True}},
+    {"resourcesPerNode": {"requests": {"cpu": "500m", "memory": "64Mi"}, "limits": {"cpu": 2, "memory": "1.5G"}}},
+    {"resourcesPerNode": {"limits": {"memory": 17179869184, "rdma/hca": "1", "ephemeral-storage": "1e11"}}},
 ]
 
 

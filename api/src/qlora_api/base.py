@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer
 from pydantic.alias_generators import to_camel
 
 
@@ -27,9 +27,6 @@ Time = Annotated[datetime, PlainSerializer(_rfc3339, return_type=str, when_used=
 
 Measure = Annotated[float, AfterValidator(lambda value: float(f"{value:.5g}"))]
 """A measured number; five digits are what a person reads in `kubectl get`."""
-
-IntOrString = Annotated[int | str, Field(json_schema_extra={"x-kubernetes-int-or-string": True})]
-"""A Kubernetes quantity such as `1`, `"500m"` or `"16Gi"`."""
 
 
 def cel(rule: str, message: str) -> dict[str, str]:

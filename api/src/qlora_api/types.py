@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from qlora_api.base import ApiModel, IntOrString, cel, rules
+from qlora_api.base import ApiModel, cel, rules
+from qlora_api.pod import PodTemplatePatch, ResourcesPerNode
 
 SOURCE_URI = r"^(hf|s3|pvc|file)://[^\s]+$"
 S3_URI = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\s]*)?$"
@@ -198,13 +199,6 @@ class FailurePolicy(ApiModel):
     window_seconds: int = Field(3600, ge=1, le=604_800, description="Length of the window in seconds.")
 
 
-class ResourcesPerNode(ApiModel):
-    """Resources of one trainer pod, as of a container."""
-
-    requests: dict[str, IntOrString] = Field({}, description="Requested amounts.")
-    limits: dict[str, IntOrString] = Field({"nvidia.com/gpu": 1}, description="Limits, GPUs among them.")
-
-
 class CheckpointSpec(ApiModel):
     """The durable tier. The step snapshot in the pods' memory needs no setting."""
 
@@ -229,19 +223,6 @@ class OutputSpec(S3Access):
     merge: bool = Field(False, description="Write the base with the adapter merged into it, too (bf16 safetensors).")
 
 
-class PodTemplatePatch(ApiModel):
-    """Merged over the pods that the operator builds: labels, annotations, node selector, tolerations, volumes..."""
-
-    metadata: dict[str, Any] = Field(
-        {}, json_schema_extra={"x-kubernetes-preserve-unknown-fields": True}, description="Labels and annotations."
-    )
-    spec: dict[str, Any] = Field(
-        {},
-        json_schema_extra={"x-kubernetes-preserve-unknown-fields": True},
-        description="Fields of a PodSpec; lists of named things merge by name, the container is called trainer.",
-    )
-
-
 class QLoRAFinetuneSpec(ApiModel):
     """One fine-tune: what to train, on what, and where the adapter goes."""
 
@@ -255,6 +236,7 @@ class QLoRAFinetuneSpec(ApiModel):
             ),
             cel(
                 "!('nvidia.com/gpu' in self.resourcesPerNode.limits)"
+                " || !string(self.resourcesPerNode.limits['nvidia.com/gpu']).matches('^[0-9]{1,6}$')"
                 " || int(self.resourcesPerNode.limits['nvidia.com/gpu']) == 0"
                 " || int(self.resourcesPerNode.limits['nvidia.com/gpu']) >= self.numProcPerNode",
                 "every worker needs a GPU of its own: raise resourcesPerNode.limits['nvidia.com/gpu'] or lower"

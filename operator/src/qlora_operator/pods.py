@@ -81,9 +81,9 @@ def build_pod(the_run: Run, slot: Slot, avoided_nodes: list[str], settings: Sett
     if settings.image_pull_secrets:
         spec["imagePullSecrets"] = [{"name": secret} for secret in settings.image_pull_secrets]
     patch = the_run.spec.pod_template
-    labels = {**dict(the_run.priority_labels), **patch.metadata.get("labels", {}), **own_labels}
+    labels = {**dict(the_run.priority_labels), **patch.metadata.labels, **own_labels}
     metadata = {**head["metadata"], "labels": labels}
-    if annotations := patch.metadata.get("annotations"):
+    if annotations := patch.metadata.annotations:
         metadata["annotations"] = annotations
     allowed = {key: value for key, value in patch.spec.items() if key not in _ACCOUNT_FIELDS}
     return {**head, "metadata": metadata, "spec": merge(spec, allowed)}
