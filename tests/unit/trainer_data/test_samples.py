@@ -15,12 +15,21 @@ from qlora_trainer.samples import SampleSet, ensure_samples
 from qlora_trainer.sources import Source
 
 MODEL = Source(path=Path("/model"), files=[], digest="model")
+QUESTION = {"messages": [{"role": "user", "content": "why"}]}
 
 
-def build(tmp_path: Path, tokenizer: Any, rows: list[Any], digest: str = "data", **training: Any) -> SampleSet:
+def build(
+    tmp_path: Path,
+    tokenizer: Any,
+    rows: list[Any],
+    digest: str = "data",
+    dataset: dict[str, str] | None = None,
+    **training: Any,
+) -> SampleSet:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = Source(path=tmp_path, files=["a.jsonl"], digest=digest)
-    spec = {"model": {"uri": "file:///m"}, "dataset": {"uri": "file:///d"}, "output": {"uri": "s3://bucket/x"}}
+    data = {"uri": "file:///d", **(dataset or {})}
+    spec = {"model": {"uri": "file:///m"}, "dataset": data, "output": {"uri": "s3://bucket/x"}}
     parsed = QLoRAFinetuneSpec.model_validate({**spec, "training": training})
     config = TrainConfig(run=RunIdentity(namespace="n", name="r", uid="u"), spec=parsed)
     env = WorkerEnv(0, 0, 1, 1, tmp_path, tmp_path / "cache", tmp_path, "cpu")
@@ -58,8 +67,15 @@ def test_many_rows_keep_their_order(tmp_path: Path, make_tokenizer: Callable[...
 
 
 @pytest.mark.parametrize(
-    ("rows", "says"), [([], "the dataset is empty"), ([{"prompt": "x" * 99, "completion": "y"}], "raise maxLength")]
+    ("rows", "dataset", "says"),
+    [
+        ([], {}, "the dataset is empty"),
+        ([{"prompt": "x" * 99, "completion": "y"}], {}, "raise maxLength"),
+        ([QUESTION], {"trainOn": "assistant"}, "token to train on: .* needs a turn of role assistant"),
+    ],
 )
-def test_nothing_to_train_on(tmp_path: Path, make_tokenizer: Callable[..., Any], rows: list[Any], says: str) -> None:
+def test_nothing_to_train_on(
+    tmp_path: Path, make_tokenizer: Callable[..., Any], rows: list[Any], dataset: dict[str, str], says: str
+) -> None:
     with pytest.raises(BadData, match=says):
-        build(tmp_path, make_tokenizer(), rows, maxLength=16)
+        build(tmp_path, make_tokenizer(), rows, dataset=dataset, maxLength=16)

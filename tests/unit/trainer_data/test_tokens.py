@@ -64,6 +64,31 @@ def test_from_value_conversations_are_messages(make_tokenizer: Callable[..., Any
     assert encode(make_tokenizer(), row)[0] == "<|user|>why<eos><|assistant|>fox<eos>"
 
 
+@pytest.mark.parametrize("answers", ["gpt", "bot", "assistant"])
+def test_sharegpts_speakers_are_user_and_assistant(make_tokenizer: Callable[..., Any], answers: str) -> None:
+    turns = [("system", "be quick"), ("human", "why"), (answers, "fox")]
+    row = {"conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
+    whole, trained = encode(make_tokenizer(), row, trainOn="assistant")
+    assert whole == "<|system|>be quick<eos><|user|>why<eos><|assistant|>fox<eos>" and trained == "fox<eos>"
+
+
+@pytest.mark.parametrize("train_on", ["auto", "assistant"])
+def test_unknown_roles_are_named(make_tokenizer: Callable[..., Any], train_on: str) -> None:
+    turns = [{"role": "human", "content": "why"}, {"role": "bot", "content": "fox"}]
+    says = "data.jsonl:1: unknown roles human, bot: write user and assistant"
+    with pytest.raises(BadData, match=says):
+        encode(make_tokenizer(), {"messages": turns}, trainOn=train_on)
+    with pytest.raises(BadData, match=says):
+        encode(make_tokenizer(), {"prompt": turns[:1], "completion": turns[1:]})
+
+
+def test_a_template_may_name_roles_of_its_own(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer("plain")
+    tokenizer.chat_template += "{% if messages[-1]['role'] == 'bot' %}{% endif %}"
+    row = {"messages": [{"role": "user", "content": "why"}, {"role": "bot", "content": "fox"}]}
+    assert encode(tokenizer, row)[0] == "<|user|>why<eos><|bot|>fox<eos>"
+
+
 def test_template_that_rewrites_the_past_is_refused(make_tokenizer: Callable[..., Any]) -> None:
     with pytest.raises(BadData, match=r"data.jsonl:1.*trainOn: all"):
         encode(make_tokenizer("rewriting"), {"messages": CHAT}, trainOn="assistant")

@@ -25,7 +25,7 @@ from qlora_trainer.rows import Row, read_rows
 from qlora_trainer.sources import Source
 from qlora_trainer.tokens import Encoder, Tokens, build_encoder
 
-FORMAT = 2  # raise it when the tokens of the same rows change
+FORMAT = 3  # raise it when the tokens of the same rows change
 _BATCH = 256  # rows
 
 
@@ -98,19 +98,20 @@ def _write(
     temporary = folder.with_suffix(".part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    offsets, targets, num_rows, cut, masked = [0], list[int](), 0, 0, 0
+    offsets, targets, num_rows, cut, masked, beyond = [0], list[int](), 0, 0, 0, 0
     with (temporary / "ids").open("wb") as ids_file, (temporary / "mask").open("wb") as mask_file:
         for ids, mask in _encoded(rows, encoder_for):
             num_rows += 1
             if not any(mask[1:max_length]):
                 masked += 1
+                beyond += any(mask[max_length:])
                 continue
             cut += max(0, len(ids) - max_length)
             np.array(ids[:max_length], dtype=np.int32).tofile(ids_file)
             np.array(mask[:max_length], dtype=np.uint8).tofile(mask_file)
             offsets.append(offsets[-1] + min(len(ids), max_length))
             targets.append(sum(mask[1:max_length]))
-    _require_samples(num_rows, len(offsets) - 1, what)
+    _require_samples(num_rows, len(offsets) - 1, beyond, what)
     for name, values in (("offsets", offsets), ("targets", targets)):
         np.array(values, dtype=np.int64).tofile(temporary / name)
     meta = SampleMeta(num_rows, len(offsets) - 1, offsets[-1], cut, masked)
@@ -127,11 +128,17 @@ def _encoded(rows: Iterable[Row], encoder_for: Callable[[Row], Encoder]) -> Iter
         yield from encode(batch)
 
 
-def _require_samples(num_rows: int, num_samples: int, what: str) -> None:
+def _require_samples(num_rows: int, num_samples: int, num_beyond: int, what: str) -> None:
+    """`num_beyond`: samples left out though there is something to train on, beyond maxLength."""
     if num_rows == 0:
         raise BadData(f"the {what} is empty: its files hold no row")
-    if num_samples == 0:
+    if num_samples == 0 and num_beyond:
         raise BadData(
             f"none of the {num_rows} rows of the {what} has a token to train on within training.maxLength:"
             " raise maxLength or set dataset.trainOn: all"
+        )
+    if num_samples == 0:
+        raise BadData(
+            f"none of the {num_rows} rows of the {what} has a token to train on: with dataset.trainOn: assistant a row"
+            " needs a turn of role assistant; write one or set dataset.trainOn: all"
         )

@@ -7,6 +7,7 @@ turn by turn and compared.
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from qlora_trainer.rows import Row
 
 Tokens = tuple[list[int], list[int]]  # ids and, for each, 1 where it is trained on
 Encoder = Callable[[list[Row]], list[Tokens]]  # plain text goes through the tokenizer in batches, on all cores
+_ROLES = {"user", "assistant", "system", "tool", "developer"}  # what chat templates are written for
+_SHAREGPT = {"human": "user", "gpt": "assistant", "bot": "assistant"}  # names of a turn's speaker under `from`
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -112,6 +115,7 @@ def _encode_pair(row: Row, tokenizer: Any, train_on: str) -> Tokens:
         raise BadData(f"{row.where}: `prompt` and `completion` must both be text or both be messages")
     if isinstance(prompt, list):
         _require_template(tokenizer)
+        _require_turns(row, prompt + completion, tokenizer)
         before = _render(row, prompt, tokenizer, add_generation_prompt=True)["input_ids"]
         ids = _render(row, prompt + completion, tokenizer)["input_ids"]
     else:
@@ -123,17 +127,39 @@ def _encode_pair(row: Row, tokenizer: Any, train_on: str) -> Tokens:
     return ids, [0] * start + [1] * (len(ids) - start)
 
 
-def _messages(row: Row) -> list[dict[str, Any]]:
+def _messages(row: Row, tokenizer: Any) -> list[dict[str, Any]]:
+    """The row's turns as role and content: TRL's conversion, after ShareGPT's speakers were given their roles."""
     from trl.data_utils import maybe_convert_to_chatml
 
     values = {key: row.values[key] for key in ("messages", "conversations") if key in row.values}
+    for turns in values.values():
+        for turn in turns if isinstance(turns, list) else []:
+            if isinstance(turn, dict) and isinstance(turn.get("from"), str):
+                turn["from"] = _SHAREGPT.get(turn["from"], turn["from"])
     messages: list[dict[str, Any]] = _field(Row(row.where, maybe_convert_to_chatml(values)), "messages", (list,))
+    _require_turns(row, messages, tokenizer)
+    return messages
+
+
+def _require_turns(row: Row, messages: list[Any], tokenizer: Any) -> None:
+    """Raises BadData unless all are messages, spoken in roles that the template can know.
+
+    Most templates render any role without a word; a conversation without an assistant, in roles that the template does
+    not name either, would be trained on in the wrong words or not at all.
+    """
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadData(f'{row.where}: message {number} has no role: write {{"role": ..., "content": ...}}')
         if not isinstance(message.get("content"), (str, list)) and not message.get("tool_calls"):
             raise BadData(f"{row.where}: message {number} has neither content nor tool_calls")
-    return messages
+    roles = list(dict.fromkeys(message["role"] for message in messages))
+    if "assistant" in roles:
+        return
+    named = set(re.findall(r"['\"](\w+)['\"]", str(tokenizer.chat_template)))
+    if unknown := [role for role in roles if role not in _ROLES | named]:
+        raise BadData(
+            f"{row.where}: unknown roles {', '.join(unknown)}: write user and assistant (system, tool where needed)"
+        )
 
 
 def _render(row: Row, messages: list[dict[str, Any]], tokenizer: Any, **options: Any) -> Any:
@@ -167,7 +193,7 @@ def _assistant_template(tokenizer: Any) -> str | None:
 
 
 def _encode_messages(row: Row, tokenizer: Any, train_on: str, template: str | None) -> Tokens:
-    messages = _messages(row)
+    messages = _messages(row, tokenizer)
     if train_on == "all":
         ids = _render(row, messages, tokenizer)["input_ids"]
         return ids, [1] * len(ids)
