@@ -110,7 +110,7 @@ def test_the_pod_template_keeps_fields_that_the_schema_does_not_name(kubectl: Ku
 
 def test_explain_describes_the_fields(kubectl: Kubectl) -> None:
     text = kubectl.must("explain", "qft.spec.lora.r")
-    assert "Rank of the adapter." in text
+    assert "Rank of the adapter. Default: 16." in text
 
 
 def test_the_crd_has_no_condition_that_says_no(kubectl: Kubectl) -> None:

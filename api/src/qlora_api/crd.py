@@ -72,6 +72,32 @@ def _collapse(node: Node, definitions: Node) -> Node:
     return node
 
 
+def tell_defaults(node: Node) -> Node:
+    """The schema with every field's default in its description, where `kubectl explain` shows it."""
+    out = dict(node)
+    if "properties" in node:
+        out["properties"] = {name: tell_defaults(child) for name, child in node["properties"].items()}
+    elif told := _in_words(node.get("default")):
+        out["description"] = f"{node['description']} Default: {told}."
+    return out
+
+
+def _in_words(default: Any) -> str:
+    """A default as a person would write it in YAML; nothing for one that is empty."""
+    match default:
+        case None:
+            return ""
+        case bool():
+            return str(default).lower()
+        case float():
+            return f"{default:g}"
+        case dict():
+            return ", ".join(f"{name}: {_in_words(value)}" for name, value in default.items())
+        case list():
+            return ", ".join(map(_in_words, default))
+    return str(default)
+
+
 def schema_of(model: type[BaseModel]) -> Node:
     """Structural schema of a model."""
     schema = model.model_json_schema(by_alias=True)
@@ -110,7 +136,7 @@ def crd() -> Node:
             "apiVersion": {"type": "string"},
             "kind": {"type": "string"},
             "metadata": {"type": "object"},
-            "spec": schema_of(QLoRAFinetuneSpec),
+            "spec": tell_defaults(schema_of(QLoRAFinetuneSpec)),
             "status": schema_of(QLoRAFinetuneStatus),
         },
         "x-kubernetes-validations": [{"rule": f"self.metadata.name.size() <= {names.MAX_NAME}", "message": too_long}],

@@ -38,6 +38,19 @@ def test_every_field_is_described() -> None:
                 assert child.get("description"), f"{part}: {name} has no description"
 
 
+def test_every_default_of_the_spec_is_told() -> None:
+    for node in nodes(root()["properties"]["spec"]):
+        for name, child in node.get("properties", {}).items():
+            if "properties" not in child and child.get("default") not in (None, {}, []):
+                assert " Default: " in child["description"], name
+    spec = root()["properties"]["spec"]["properties"]
+    assert spec["training"]["properties"]["learningRate"]["description"] == "Peak learning rate. Default: 0.0002."
+    assert spec["suspend"]["description"].endswith(" Default: false.")
+    assert spec["lora"]["properties"]["targetModules"]["description"].endswith(" Default: all-linear.")
+    assert spec["resourcesPerNode"]["properties"]["limits"]["description"].endswith(" Default: nvidia.com/gpu: 1.")
+    assert not spec["image"]["description"].count("Default:")
+
+
 def test_every_number_of_the_spec_is_bounded() -> None:
     for node in nodes(root()["properties"]["spec"]):
         for name, child in node.get("properties", {}).items():
