@@ -1,9 +1,9 @@
 """The CustomResourceDefinition, made from types.py and status.py (`make manifests` writes it).
 
 pydantic's JSON Schema is rewritten into a Kubernetes structural schema: references are inlined, optional unions
-collapse, exclusive bounds become OpenAPI 3.0 flags, a pattern with a sentence becomes a CEL rule that answers with the
-sentence (a bare pattern would answer with the regular expression), and what a structural schema cannot say raises
-TypeError.
+collapse, exclusive bounds become OpenAPI 3.0 flags, a pattern or a lower bound with a sentence becomes a CEL rule that
+answers with the sentence (a bare pattern would answer with the regular expression), and what a structural schema cannot
+say raises TypeError.
 """
 
 from typing import Any
@@ -32,12 +32,13 @@ def structural(node: Node, definitions: Node) -> Node:
             continue
         if key == "default" and isinstance(value, dict):  # the API server refuses null, also inside a default
             value = {name: child for name, child in value.items() if child is not None}
-        if key == "pattern" and "x-sentence" in node:
+        if key in ("pattern", "minimum") and "x-sentence" in node:
             continue
         if key == "maximum" and value != int(value):  # the API server would call a bound of 0.9 "0"
             out.setdefault("x-kubernetes-validations", []).append(cel(f"self <= {value}", f"write at most {value}"))
         elif key == "x-sentence":
-            out.setdefault("x-kubernetes-validations", []).append(cel(f"self.matches({node['pattern']!r})", value))
+            rule = f"self.matches({node['pattern']!r})" if "pattern" in node else f"self >= {node['minimum']}"
+            out.setdefault("x-kubernetes-validations", []).append(cel(rule, value))
         elif key == "properties":
             out[key] = {name: structural(child, definitions) for name, child in value.items()}
         elif key in ("items", "additionalProperties"):

@@ -189,7 +189,15 @@ class ElasticPolicy(ApiModel):
         )
     )
     min_nodes: int = Field(1, ge=1, le=512, description="Fewest nodes to train on; below it the run waits.")
-    max_nodes: int = Field(1, ge=1, le=512, description="Most nodes to train on.")
+    max_nodes: int = Field(
+        1,
+        ge=1,
+        le=512,
+        json_schema_extra={
+            "x-sentence": "write at least 1; to stop the run and free its GPUs set spec.suspend to true"
+        },
+        description="Most nodes to train on; kubectl scale sets it.",
+    )
 
 
 class FailurePolicy(ApiModel):
