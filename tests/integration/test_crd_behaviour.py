@@ -20,6 +20,10 @@ MINIMAL: dict[str, Any] = {
 }
 STATUS = {
     "state": "Running",
+    "conditions": [
+        {"type": "Suspended", "status": "False", "reason": "Resumed", "lastTransitionTime": "2026-01-01T00:00:00Z"},
+        {"type": "Running", "status": "True", "reason": "Training", "lastTransitionTime": "2026-01-01T00:00:00Z"},
+    ],
     "nodesSummary": "2/2",
     "nodes": {"desired": 2, "ready": 2, "active": 2},
     "progress": {
@@ -64,8 +68,8 @@ def test_a_spec_with_defaults_is_read_back_by_the_types(run: dict[str, Any]) -> 
 
 def test_the_columns_say_how_it_is_going(kubectl: Kubectl, run: dict[str, Any]) -> None:
     header, row = kubectl.must("get", "qft", "minimal").splitlines()
-    assert header.split() == ["NAME", "STATE", "STEP", "OF", "LOSS", "EVAL", "TOK/S", "ETA", "NODES", "AGE"]
-    assert row.split()[:9] == ["minimal", "Running", "120", "400", "1.25", "1.5", "9800.5", "61", "2/2"]
+    assert header.split() == ["NAME", "STATE", "REASON", "STEP", "OF", "LOSS", "EVAL", "TOK/S", "ETA", "NODES", "AGE"]
+    assert row.split()[:10] == ["minimal", "Running", "Training", "120", "400", "1.25", "1.5", "9800.5", "61", "2/2"]
     header, row = kubectl.must("get", "qlorafinetunes", "minimal", "-o", "wide").splitlines()
     assert header.split()[-3:] == ["DISRUPTIONS", "FAILURES", "ADAPTER"]
     assert row.split()[-3:] == ["3", "1", "s3://adapters/runs/minimal-1/adapter"]

@@ -112,6 +112,7 @@ def _column(name: str, path: str, kind: str = "string", priority: int = 0, descr
 
 COLUMNS = [
     _column("State", ".status.state", description="Pending, Starting, Running, Waiting, Suspended, Succeeded, Failed"),
+    _column("Reason", '.status.conditions[?(@.type=="Running")].reason', description="Why it is in that state"),
     _column("Step", ".status.progress.step", "integer", description="Optimizer steps done"),
     _column("Of", ".status.progress.totalSteps", "integer", description="Optimizer steps in all"),
     _column("Loss", ".status.progress.loss", "number", description="Training loss of the last step"),
