@@ -20,8 +20,9 @@ from filelock import FileLock
 
 from qlora_api.run import TrainConfig
 from qlora_trainer.control import WorkerEnv
-from qlora_trainer.errors import BadData
+from qlora_trainer.errors import BadConfig, BadData
 from qlora_trainer.rows import Row, read_rows
+from qlora_trainer.skeleton import read_hf_config
 from qlora_trainer.sources import Source
 from qlora_trainer.tokens import Encoder, Tokens, build_encoder
 
@@ -71,8 +72,9 @@ class SampleSet:
 def ensure_samples(
     config: TrainConfig, source: Source, model: Source, tokenizer: Any, env: WorkerEnv, what: str = "dataset"
 ) -> SampleSet:
-    """The tokenized samples of a source, from the node's cache where it holds them. Raises BadData."""
+    """The tokenized samples of a source, from the node's cache where it holds them. Raises BadConfig, BadData."""
     dataset, length = config.spec.dataset, config.spec.training.max_length
+    require_context(length, read_hf_config(model.path, config.spec.model.trust_remote_code))
     identity = [FORMAT, source.digest, model.digest, dataset.format, dataset.text_field, dataset.train_on, length]
     folder = env.cache_dir / "samples" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +83,25 @@ def ensure_samples(
             rows = read_rows(source.path, source.files)
             _write(folder, rows, lambda first: build_encoder(dataset, tokenizer, first), length, what)
     return _open(folder)
+
+
+def require_context(max_length: int, hf_config: Any) -> None:
+    """Raises BadConfig when sequences may get longer than the model has positions for; some models have no such limit.
+
+    A factor in `rope_parameters` (yarn, linear, ...) lengthens the context that the model was pretrained for; some
+    models count it into max_position_embeddings already, so the longer one of the two is allowed. Where the layers
+    have factors of their own (Gemma 3), max_position_embeddings is the lengthened one.
+    """
+    text = hf_config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or 0
+    rope = getattr(text, "rope_parameters", None) or {}
+    pretrained = rope.get("original_max_position_embeddings") or positions
+    limit = max(positions, int(pretrained * (rope.get("factor") or 1)))
+    if 0 < limit < max_length:
+        raise BadConfig(
+            f"training.maxLength {max_length} is more than the model's {limit} positions (max_position_embeddings in"
+            f" its config.json): set training.maxLength to {limit} or less"
+        )
 
 
 def _open(folder: Path) -> SampleSet:
