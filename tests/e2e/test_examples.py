@@ -10,7 +10,8 @@ from hack.demo.kubectl import Kubectl
 from hack.demo.spot import Spot
 from tests.e2e.support import EXAMPLES, Applied
 
-CHECKED_ONLY = ("fsdp-on-gpus.yaml", "s3-secret.yaml", "smollm2.yaml")  # real GPUs; placeholders; `make demo` runs it
+CHECKED_ONLY = ("fsdp-on-gpus.yaml", "spot-gpus.yaml", "s3-secret.yaml", "smollm2.yaml")
+"""Real GPUs, twice; placeholders; `make demo` runs it."""
 RUN = ("minimal.yaml", "elastic.yaml", "suspend.yaml")
 
 
