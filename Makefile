@@ -11,6 +11,7 @@ PYTEST_ARGS ?=
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder # these tests mostly wait for processes that they started
 HELM_ARGS ?=
 KEEP ?=
+NAMESPACE ?= default
 UV := $(shell hack/uv.sh)
 RUN := $(UV) run --frozen --no-sync
 CTL := $(RUN) python -m hack.cluster
@@ -127,6 +128,10 @@ install: sync ## Install the CRD alone.
 .PHONY: deploy
 deploy: sync ## Install or upgrade the operator by its Helm chart; HELM_ARGS go to helm.
 	$(CTL) deploy $(HELM_ARGS)
+
+.PHONY: sample-data
+sample-data: sync ## The examples' model and data into the bucket, their Secret into NAMESPACE (default): what kubectl apply -f examples/ needs.
+	$(RUN) python -m hack.demo.upload --namespace $(NAMESPACE)
 
 .PHONY: undeploy
 undeploy: sync ## Remove the operator; the CRD and the runs stay.

@@ -5,11 +5,14 @@ AWS_SECRET_ACCESS_KEY, and where they apply AWS_SESSION_TOKEN, AWS_REGION, AWS_E
 AWS_ENDPOINT_URL_IN_PODS (when pods reach it by another address) and QLORA_BUCKET. A large file that is there already
 with the right size is not sent again.
 
-    python -m hack.demo.upload        prints what it sent
+    python -m hack.demo.upload                      fills the bucket; prints what it sent
+    python -m hack.demo.upload --namespace NAME     also makes the namespace and the Secret in it (`make sample-data`)
 """
 
+import argparse
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +50,14 @@ class Store:
         """The local cluster's store, or with CLUSTER=current the one of the AWS_* variables.
 
         Raises:
-            ValueError: a variable is missing.
+            ValueError: the cluster doesn't run, or a variable is missing.
         """
         if os.environ.get("CLUSTER", "local") == "local":
             status = json.loads(cluster("status"))
+            if not status["running"]:
+                raise ValueError(
+                    "the local cluster, which has the S3 store, doesn't run; start it with: make cluster-up"
+                )
             lines = Path(status["s3_credentials"]).read_text().splitlines()
             values = dict(line.split("=", 1) for line in lines if "=" in line)
             return cls(_credentials(values), status["s3"], status["s3_in_pods"])
@@ -151,11 +158,40 @@ def give_access(kubectl: Kubectl, store: Store) -> None:
     kubectl.must("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=json.dumps(store.secret()))
 
 
-def main() -> None:
-    """Fill the bucket."""
-    sent = upload(Store.find().client())
-    print("\n".join(sent))
+def open_namespace(kubectl: Kubectl, store: Store) -> None:
+    """The namespace, made when there is none, with the Secret."""
+    if not kubectl.get("namespace", kubectl.namespace):
+        kubectl.must("create", "namespace", kubectl.namespace)
+    give_access(kubectl, store)
+
+
+def next_steps(kubectl: Kubectl) -> str:
+    """What to type now."""
+    export = f"export KUBECONFIG={kubectl.kubeconfig}\n" if kubectl.kubeconfig else ""
+    manifest = "examples/minimal.yaml"
+    if BUCKET != EXAMPLES_BUCKET:
+        manifest = f"<(sed 's,s3://{EXAMPLES_BUCKET}/,s3://{BUCKET}/,' {manifest})"
+    return f"{export}kubectl -n {kubectl.namespace} apply -f {manifest}"
+
+
+def main() -> int:
+    """Fill the bucket and, when asked to, open a namespace to it."""
+    parser = argparse.ArgumentParser(description="The examples' model and data into their bucket.")
+    parser.add_argument("--namespace", help="make this namespace, too, and the Secret in it")
+    namespace = parser.parse_args().namespace
+    try:
+        store = Store.find()
+        sent = upload(store.client())
+        print("\n".join(f"s3://{BUCKET}/{key}" for key in sent))
+        if namespace:
+            kubectl = Kubectl.find(namespace)
+            open_namespace(kubectl, store)
+            print(f"Secret {SECRET} in namespace {namespace}. Now:\n{next_steps(kubectl)}")
+    except (RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
