@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+# bitsandbytes, which peft imports, wants `pip install kernels` for a CPU kernel that nothing here calls
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 PROMPTS = ("violin", "generous", "whisper", "harbour")
 

@@ -6,6 +6,7 @@ Rules: imports only; nothing here may start a thread or touch a GPU (a CUDA cont
 
 import gc
 import importlib
+import logging
 import os
 
 import torch
@@ -15,6 +16,8 @@ from qlora_trainer.workers import DEFAULT_WORKER, ENV_WORKER, die_with_parent
 
 die_with_parent()
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # is_available() without a CUDA context
+# bitsandbytes wants `pip install kernels` for a CPU kernel that the trainer never calls; its other words are heard
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 _OURS = ("qlora_trainer.pod_agent", os.environ.get(ENV_WORKER, DEFAULT_WORKER).partition(":")[0])
 _IN_USE = ("torch._dynamo", "transformers", "accelerate", "matplotlib.figure")  # else imported when needed
