@@ -87,6 +87,7 @@ def test_scale_reads_the_members_and_writes_max_nodes(kubectl: Kubectl, run: dic
 def test_scaling_to_nothing_is_refused_with_the_word_for_it(kubectl: Kubectl, run: dict[str, Any]) -> None:
     answer = kubectl.run("scale", "qft", "minimal", "--replicas=0")
     assert answer.returncode != 0 and "to stop the run and free its GPUs set spec.suspend to true" in answer.stderr
+    assert "minNodes" not in answer.stderr
 
 
 def test_server_side_apply_twice_changes_nothing(kubectl: Kubectl, run: dict[str, Any]) -> None:

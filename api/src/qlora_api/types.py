@@ -185,7 +185,10 @@ class ElasticPolicy(ApiModel):
 
     model_config = ConfigDict(
         json_schema_extra=rules(
-            cel("self.minNodes <= self.maxNodes", "minNodes must not exceed maxNodes: lower minNodes or raise maxNodes")
+            cel(
+                "self.maxNodes < 1 || self.minNodes <= self.maxNodes",
+                "minNodes must not exceed maxNodes: lower minNodes or raise maxNodes",
+            )
         )
     )
     min_nodes: int = Field(1, ge=1, le=512, description="Fewest nodes to train on; below it the run waits.")
