@@ -49,8 +49,9 @@ class Cell:
 
     @property
     def lag_allowed(self) -> bool:
-        """All pods gone without notice: only the durable tier is left."""
-        return self.how in WITHOUT_NOTICE and self.hits_all
+        """All pods gone without notice, or given up for a newcomer that has no snapshot: the durable tier is left."""
+        given_up = self.stands_still and self.point == "warm-up"
+        return self.hits_all and (self.how in WITHOUT_NOTICE or given_up)
 
     @property
     def stands_still(self) -> bool:

@@ -1,11 +1,17 @@
 """What a worker tells its agent between steps: that it moves, and that the run ends here."""
 
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from qlora_api.status import Progress
+from qlora_api.status import CheckpointStatus, Progress
+from qlora_api.types import CheckpointSpec
 from qlora_trainer import progress
 from qlora_trainer.control import WorkerEnv, WorkerState, read_worker_state
 from qlora_trainer.progress import Reporter
+from qlora_trainer.restore import Position
 
 
 def state(env: WorkerEnv) -> WorkerState:
@@ -33,3 +39,45 @@ def test_a_run_that_stops_early_says_that_no_step_follows(env: WorkerEnv) -> Non
     reporter.publishing()
     told = state(env).progress
     assert (told.step, told.total_steps, told.eta_seconds, told.loss) == (12, 12, 0, 1.0)
+
+
+def session(env: WorkerEnv, found: CheckpointStatus | None = None, **spec: Any) -> Any:
+    """As much of one as decides when a checkpoint is due."""
+    checkpoints = SimpleNamespace(busy=False, newest=None, found=found)
+    config = SimpleNamespace(spec=SimpleNamespace(checkpoint=CheckpointSpec(**spec)))
+    return SimpleNamespace(env=env, config=config, checkpoints=checkpoints)
+
+
+def found(step: int, age: float) -> CheckpointStatus:
+    return CheckpointStatus(step=step, uri="s3://b/c", time=datetime.now(UTC) - timedelta(seconds=age))
+
+
+@pytest.mark.parametrize(
+    ("newest", "step", "due"),
+    [(None, 8, False), (None, 9, True), (10, 18, False), (10, 19, True), (20, 34, True), (20, 26, False)],
+)
+def test_a_checkpoint_by_steps_is_due_though_faults_ended_those_before(
+    env: WorkerEnv, newest: int | None, step: int, due: bool
+) -> None:
+    here = session(env, found(newest, 0) if newest else None, interval_steps=10)
+    reporter = Reporter(env)
+    assert reporter.save_due(here, Position(step)) == due
+    reporter.save_started(step, 0.0)
+    assert not reporter.save_due(here, Position(step)) or (step + 1) % 10 == 0, "one that fails is not tried every step"
+
+
+@pytest.mark.parametrize(
+    ("newest", "step", "due"),
+    [(None, 0, False), (None, 5, True), (found(3, 30), 5, False), (found(3, 90), 5, True), (found(3, -90), 5, False)],
+)
+def test_a_checkpoint_by_time_is_due_though_the_worker_is_new(
+    env: WorkerEnv, monkeypatch: pytest.MonkeyPatch, newest: CheckpointStatus | None, step: int, due: bool
+) -> None:
+    here = session(env, newest, interval_seconds=60)
+    reporter = Reporter(env)
+    monkeypatch.setattr(reporter, "_update", lambda *_, **__: None)
+    here.data = SimpleNamespace(samples=SimpleNamespace(meta=SimpleNamespace(num_tokens=1, num_tokens_cut=0)))
+    reporter.start(here, Position(step))
+    assert reporter.save_due(here, Position(step)) == due
+    reporter.save_started(step, 0.0)
+    assert not reporter.save_due(here, Position(step))

@@ -122,7 +122,8 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: tuple[Manifest, Future[None]] | None = None
         self._pinned: dict[str, Tensor] = {}  # what comes from a GPU, kept: new memory would cost more than the copies
-        self.newest: CheckpointStatus | None = None
+        self.newest: CheckpointStatus | None = None  # of this writer: all ranks know the same
+        self.found: CheckpointStatus | None = None  # in the bucket at the start, where this rank looked
         self.seconds = 0.0  # from `save` to the manifest, of the newest
         self.num_failures = 0  # in a row
 
@@ -184,9 +185,13 @@ class CheckpointWriter:
             self.num_failures += 1
             return error
         self.num_failures = 0
-        uri = f"{self._store.uri}/{checkpoint_key(manifest.step, manifest.generation)}"
-        self.newest = CheckpointStatus(step=manifest.step, uri=uri, time=manifest.time)
+        self.newest = self.status_of(manifest)
         return None
+
+    def status_of(self, manifest: Manifest) -> CheckpointStatus:
+        """How a complete checkpoint is told."""
+        uri = f"{self._store.uri}/{checkpoint_key(manifest.step, manifest.generation)}"
+        return CheckpointStatus(step=manifest.step, uri=uri, time=manifest.time)
 
     def finish(self) -> None:
         """Wait for the save under way; raises StorageError when it failed."""

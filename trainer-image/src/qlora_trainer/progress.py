@@ -5,10 +5,12 @@ decides about the time-based checkpoint and tells the others with the flags of a
 """
 
 import json
+import math
 import os
 import resource
 import time
 from collections import deque
+from datetime import UTC, datetime
 
 import torch
 
@@ -37,6 +39,7 @@ class Reporter:
         self._steps: deque[tuple[float, int]] = deque(maxlen=_WINDOW + 1)  # (time, tokens) after each step
         self._saved_at = self._wrote_at = time.monotonic()
         self._saving: int | None = None  # step of the checkpoint under way
+        self._save_step = 0  # of the last checkpoint that this process began
         self._measured: dict[str, float] = {}
         self._state = WorkerState(generation=env.generation, pid=os.getpid())
         self._trace_path = env.run_dir / f"trace-{env.rank}.jsonl" if env.trace else None
@@ -45,6 +48,7 @@ class Reporter:
 
     def start(self, session: Session, position: Position) -> None:
         """Set up and restored."""
+        self._saved_at -= _age(session.checkpoints.found, position)
         self._measured["start_seconds"] = time.monotonic() - self._born
         meta = session.data.samples.meta
         self._measured["tokens_cut_share"] = meta.num_tokens_cut / max(1, meta.num_tokens + meta.num_tokens_cut)
@@ -96,18 +100,23 @@ class Reporter:
         self._write()
 
     def save_due(self, session: Session, position: Position) -> bool:
-        """Rank 0: whether the step under way ends with a durable checkpoint."""
-        spec, env = session.config.spec.checkpoint, session.env
-        if env.rank != 0:
+        """Rank 0: whether the step under way ends with a durable checkpoint.
+
+        Counted from the newest complete one, whoever wrote it: faults that come faster than checkpoints delay none.
+        """
+        spec, checkpoints = session.config.spec.checkpoint, session.checkpoints
+        if session.env.rank != 0:
             return False
-        if spec.interval_steps is not None:
-            return (position.step + 1) % spec.interval_steps == 0
-        return not session.checkpoints.busy and time.monotonic() - self._saved_at >= spec.interval_seconds
+        if spec.interval_steps is None:
+            return not checkpoints.busy and time.monotonic() - self._saved_at >= spec.interval_seconds
+        step = position.step + 1
+        since = step - max(checkpoints.found.step if checkpoints.found else 0, self._save_step)
+        return step % spec.interval_steps == 0 or (since >= spec.interval_steps and not checkpoints.busy)
 
     def save_started(self, step: int, stall: float) -> None:
         """A durable checkpoint is under way; the loop stood still for `stall` seconds."""
         self._saved_at = time.monotonic()
-        self._saving = step
+        self._saving = self._save_step = step
         self._measured["checkpoint_stall_seconds"] = stall
 
     def saved(self, session: Session, error: StorageError | None) -> None:
@@ -139,7 +148,7 @@ class Reporter:
             self._saving = None
 
     def _update(self, session: Session, position: Position, phase: Phase | None = None) -> None:
-        checkpoint: CheckpointStatus | None = session.checkpoints.newest
+        checkpoint: CheckpointStatus | None = session.checkpoints.newest or session.checkpoints.found
         self._state = self._state.model_copy(
             update={
                 "phase": phase or self._state.phase,
@@ -171,6 +180,13 @@ class Reporter:
         self._wrote_at = time.monotonic()
         self._state = self._state.model_copy(update={"activity": self._state.activity + 1})
         write_worker_state(self._env.run_dir, self._env.local_rank, self._state)
+
+
+def _age(found: CheckpointStatus | None, position: Position) -> float:
+    """Seconds since the newest durable checkpoint was made; infinite for a run that has steps but no checkpoint."""
+    if found is None:
+        return math.inf if position.step else 0.0
+    return max(0.0, (datetime.now(UTC) - found.time).total_seconds())
 
 
 def _memory(session: Session) -> dict[str, float]:

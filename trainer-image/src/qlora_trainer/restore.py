@@ -71,6 +71,7 @@ def _from_bucket(session: Session, newer_than: int) -> State | None:
     """Rank 0: the newest intact checkpoint beyond the best snapshot, or None."""
     try:
         for manifest in checkpoint.find_complete(session.store):
+            session.checkpoints.found = session.checkpoints.found or session.checkpoints.status_of(manifest)
             if manifest.step <= newer_than:
                 return None
             try:
