@@ -36,7 +36,7 @@ ADVICE = {
     Reason.HUNG: "The workers were restarted; if a step may take longer than that, raise progressDeadlineSeconds and"
     " the operator's timing.hangFloorSeconds.",
     Reason.WORKER_FAILED: "See status.lastFailure.logTail.",
-    Reason.INVALID_SPEC: "Once that is corrected, create a new QLoRAFinetune.",  # spec, or a Secret that it names
+    Reason.INVALID_SPEC: "Once that is corrected, create a new QLoRAFinetune.",  # the spec, or what it points to
     Reason.INVALID_DATASET: "Correct the data set and create a new QLoRAFinetune.",
     Reason.INVALID_MODEL: "Point model.uri at a causal language model with its tokenizer in a new QLoRAFinetune.",
     Reason.INVALID_ADAPTER: "Lower training.learningRate or check the data set, then create a new QLoRAFinetune.",

@@ -186,11 +186,9 @@ def test_whom_we_avoid_has_a_time_and_after_it_nobody(history: list[tuple[str, i
     assert failure.forgive(status, now + timedelta(seconds=HOUR), HOUR).avoided_nodes == []
 
 
-def test_advice_fits_a_secret_as_well_as_a_spec() -> None:
-    verdict = judge(Ending("r-0-0", "n", Reason.INVALID_SPEC, 64, "Secret s3 has no KEY: add the missing keys"))
-    assert verdict.message == (
-        "Secret s3 has no KEY: add the missing keys. Once that is corrected, create a new QLoRAFinetune."
-    )
+def test_advice_fits_what_the_spec_points_to_as_well_as_the_spec() -> None:
+    verdict = judge(Ending("r-0-0", "n", Reason.INVALID_SPEC, 64, "s3://data has no usable files"))
+    assert verdict.message == ("s3://data has no usable files. Once that is corrected, create a new QLoRAFinetune.")
 
 
 def test_containers_ends() -> None:
