@@ -12,7 +12,9 @@ from qlora_api.run import Command, ExitCode
 from qlora_api.status import Artifacts, Progress
 from qlora_trainer import faults
 from qlora_trainer.control import Phase, WorkerEnv, WorkerState, read_control, write_worker_state
+from qlora_trainer.errors import MembersChange
 from qlora_trainer.snapshot import SnapshotSlots
+from qlora_trainer.standing import next_place
 
 STEPS = int(os.environ.get("TOY_STEPS", "400"))
 STEP_SECONDS = float(os.environ.get("TOY_STEP_SECONDS", "0.05"))
@@ -30,17 +32,20 @@ def flush() -> None:
 
 def main() -> int:
     """Exit code as the real worker's."""
-    try:
-        _count()
-    except RuntimeError as error:  # a collective broke
-        print(error, flush=True)
-        return ExitCode.LOST_PEER
-    return ExitCode.OK
-
-
-def _count() -> None:
-    """Counts steps together with its peers."""
     env = WorkerEnv.of_environment()
+    while True:
+        try:
+            _count(env)
+            return ExitCode.OK
+        except MembersChange:
+            env = next_place(env)
+        except RuntimeError as error:  # a collective broke
+            print(error, flush=True)
+            return ExitCode.LOST_PEER
+
+
+def _count(env: WorkerEnv) -> None:
+    """Counts steps together with its peers."""
     slots = SnapshotSlots(env.run_dir)
     dist.init_process_group("gloo", timeout=timedelta(seconds=20))
     newest = slots.newest()
@@ -70,8 +75,9 @@ def _count() -> None:
             sys.exit(ExitCode.STOPPED)
         if flag[0]:
             slots.wait()
+            dist.destroy_process_group()
             tell(Phase.PARKED, step)
-            time.sleep(3600)
+            raise MembersChange
         faults.reach("forward", step + 1)
         time.sleep(STEP_SECONDS)
         faults.reach("all-reduce", step + 1)

@@ -71,7 +71,7 @@ def cluster(folder: Path) -> Iterator[LocalCluster]:
         "QLORA_WARM_UP": "tests.chaos.toy:warm",
         "QLORA_FLUSH": "tests.chaos.toy:flush",
         "TOY_STEPS": "100000",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.environ.get("PYTHONPATH", "") + ":" + str(ROOT),
     }
     settings = Settings(
         trainer_image="none",
@@ -105,10 +105,11 @@ def test_kill_lose_return_and_stop(cluster: LocalCluster) -> None:
     cluster.wait_for(lambda: max(s.step for s in steps(cluster)) > known + 10, SECONDS, "training without an operator")
     cluster.start_operator()
 
-    generation = cluster.status.generation
+    generation, pid = cluster.status.generation, cluster.members()[0].worker_pid()
     cluster.capacity = 2
     cluster.wake()
     recovers(cluster, generation, 2)
+    assert cluster.members()[0].worker_pid() == pid, "a worker that was not lost goes on in its process"
     assert cluster.members()[0].uid != lost.uid, "a newcomer is never first"
 
     generation = cluster.status.generation

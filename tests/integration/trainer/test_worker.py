@@ -102,6 +102,29 @@ def test_killed_in_the_middle(make_world: MakeWorld, straight: Any) -> None:
         torch.testing.assert_close(world.adapter()[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+def test_a_survivor_goes_on_in_its_process(make_world: MakeWorld, straight: Any) -> None:
+    """Where the agent gives out places, a worker that lost its peer keeps its model and takes its state anew."""
+    world = make_world("survivor", dataset=NO_EVAL)
+    world.start([0, 1])
+    while not ((state := world.state(1)) and state.progress.step >= 2):
+        time.sleep(0.01)
+    run_dir = world.env(0).run_dir
+    control.write_control(run_dir, Control(generation=1, assigns=True))
+    world.processes[1].kill()
+    while world.state(0).phase != Phase.PARKED:
+        assert world.processes[0].is_alive()
+        time.sleep(0.01)
+    reached = world.state(0).progress.step
+    place = control.Assignment(generation=2, rank=0, world_size=1, master_addr="nobody", master_port=1)
+    control.write_control(run_dir, Control(generation=2, assigns=True))
+    control.write_assignment(run_dir, 0, place)
+    assert world.wait()[0] == ExitCode.OK
+    assert order(world) == order(straight)
+    assert min(line["step"] for line in world.traces() if line["generation"] == 2) >= reached - 1
+    for name, tensor in straight.adapter().items():
+        torch.testing.assert_close(world.adapter()[name], tensor, rtol=1e-3, atol=1e-5)
+
+
 def test_prepare_parks_all_at_one_step(make_world: MakeWorld) -> None:
     """One agent's wish parks every rank at the same boundary, with snapshots of it."""
     world = make_world("parked", training={"maxSteps": 1000}, dataset=NO_EVAL)

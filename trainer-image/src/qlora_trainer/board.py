@@ -27,6 +27,7 @@ class Board:
         self.view = Membership()
         self.state = AgentState.WARMING
         self.joined = 0
+        self.assigns = False  # this agent gives workers that stand a place in the next generation
         self.termination: Termination | None = None
         self.urgent_read, self._urgent_write = os.pipe()
         os.set_blocking(self._urgent_write, False)
@@ -218,7 +219,7 @@ class Board:
 
     def _tell_workers(self) -> None:
         prepare = self.joined + 1 if self._force_park else max(self.joined, self.view.prepare)
-        control = Control(generation=self.joined, prepare=prepare, command=self.view.command)
+        control = Control(generation=self.joined, prepare=prepare, command=self.view.command, assigns=self.assigns)
         if control != self._told:
             write_control(self._run_dir, control)
             self._told = control

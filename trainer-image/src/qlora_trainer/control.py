@@ -66,7 +66,18 @@ class Control(ApiModel):
 
     generation: int = 0
     prepare: int = Field(0, description="Above generation while a change of members is being prepared.")
+    assigns: bool = Field(False, description="Workers that stand are given places in the next generation.")
     command: Command = Command.RUN
+
+
+class Assignment(ApiModel):
+    """`assignment-LOCALRANK.json`, written by the agent: a parked worker's place in the next generation."""
+
+    generation: int
+    rank: int
+    world_size: int
+    master_addr: str
+    master_port: int
 
 
 class Phase(StrEnum):
@@ -74,7 +85,7 @@ class Phase(StrEnum):
 
     STARTING = "starting"  # process group, model, restore
     TRAINING = "training"
-    PARKED = "parked"  # at a step boundary with a snapshot of it; may be ended
+    PARKED = "parked"  # out of its group, with a snapshot of its last step: takes another place or is ended
     FINISHED = "finished"  # manifest is in the bucket
 
 
@@ -124,6 +135,16 @@ def read_control(run_dir: Path) -> Control:
     return _read(run_dir / "control.json", Control) or Control()
 
 
+def write_assignment(run_dir: Path, local_rank: int, assignment: Assignment) -> None:
+    """Agent: a parked worker goes on."""
+    _write(run_dir / f"assignment-{local_rank}.json", assignment)
+
+
+def read_assignment(run_dir: Path, local_rank: int) -> Assignment | None:
+    """Worker: where it goes on."""
+    return _read(run_dir / f"assignment-{local_rank}.json", Assignment)
+
+
 def write_worker_state(run_dir: Path, local_rank: int, state: WorkerState) -> None:
     """Worker: how far it is."""
     _write(run_dir / f"worker-{local_rank}.json", state)
@@ -146,6 +167,6 @@ def read_termination(run_dir: Path, local_rank: int) -> Termination | None:
 
 def clear_worker_files(run_dir: Path) -> None:
     """Agent: before the workers of a new generation start."""
-    for pattern in ("worker-*.json", "termination-*.json"):
+    for pattern in ("worker-*.json", "termination-*.json", "assignment-*.json"):
         for path in run_dir.glob(pattern):
             path.unlink(missing_ok=True)

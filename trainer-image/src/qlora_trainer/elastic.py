@@ -7,6 +7,7 @@ stop. Stopping is SIGKILL: a worker that could be stopped gently stands parked w
 
 import multiprocessing
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,22 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousHandler
 
+from qlora_api.names import Reason
 from qlora_api.run import AgentState, ExitCode, Termination
 from qlora_trainer.board import Board, killed
-from qlora_trainer.control import clear_worker_files, read_termination
+from qlora_trainer.control import (
+    Assignment,
+    Phase,
+    clear_worker_files,
+    read_termination,
+    read_worker_state,
+    write_assignment,
+    write_termination,
+)
 from qlora_trainer.workers import OutputPump, num_oom_kills, work
 
 MONITOR_SECONDS = 0.05
+TAKE_SECONDS = 5.0  # for a standing worker to take its place: it looks fifty times a second
 EXIT_BARRIER_SECONDS = 10.0  # the store's host waits so long for its peers to end
 _RESTARTS = 1_000_000
 
@@ -47,28 +58,83 @@ class NodeAgent(LocalElasticAgent):
         )
         self._board, self._run_dir, self._pumps = board, run_dir, pumps
         self._num_oom_kills = num_oom_kills()
+        self._standing = False  # the workers wait for a place in the next generation
+        self._assigned_at: float | None = None  # they were given one, and have not said a word since
+        board.assigns = True
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         clear_worker_files(self._run_dir)
+        if self._standing and self._all_alive():
+            self._standing, self._assigned_at = False, time.monotonic()
+            return self._assign(worker_group)
         for pump in self._pumps:
             pump.clear()
         self._num_oom_kills = num_oom_kills()
+        self._end_workers(worker_group)  # those that stood and did not live to go on
         ids: dict[int, Any] = super()._start_workers(worker_group)
         return ids
+
+    def _assign(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        """Workers that stand get their places in the new generation."""
+        for worker in worker_group.workers:
+            place = Assignment(
+                generation=self._board.joined,
+                rank=worker.global_rank,
+                world_size=worker.world_size,
+                master_addr=worker_group.master_addr,
+                master_port=worker_group.master_port,
+            )
+            write_assignment(self._run_dir, worker.local_rank, place)
+        assert self._pcontext is not None, "workers stand, so they were started"
+        ids: dict[int, Any] = self._pcontext.pids()
+        return ids
+
+    def _all_alive(self) -> bool:
+        return len(multiprocessing.active_children()) == self._worker_group.spec.local_world_size
+
+    def _all_parked(self) -> bool:
+        """Out of their group, waiting for another place."""
+        states = [read_worker_state(self._run_dir, rank) for rank in range(self._worker_group.spec.local_world_size)]
+        return self._all_alive() and all(
+            state is not None and (state.phase, state.generation) == (Phase.PARKED, self._board.joined)
+            for state in states
+        )
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """As the parent, but one worker's end ends its siblings at once: they hang in a collective."""
         alive = multiprocessing.active_children()
         if 0 < len(alive) < worker_group.spec.local_world_size:
             _kill(alive)
+        elif self._assigned_at is not None:
+            self._await_takers(alive)
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
             self._explain(result)
         return result
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        """Parked workers stay for the next generation; whatever else they do, it is not what was wanted of them."""
+        self._standing = not self._board.stopping and self._all_parked()
+        if not self._standing:
+            self._end_workers(worker_group)
+
+    def _end_workers(self, worker_group: WorkerGroup) -> None:
+        self._standing, self._assigned_at = False, None
         _kill(multiprocessing.active_children())
         super()._stop_workers(worker_group)
+
+    def _await_takers(self, alive: list[Any]) -> None:
+        """Workers that don't take their places in time are replaced by new ones; nobody is to blame."""
+        assert self._assigned_at is not None
+        states = [read_worker_state(self._run_dir, rank) for rank in range(len(alive))]
+        if all(state is not None and state.generation == self._board.joined for state in states):
+            self._assigned_at = None
+        elif time.monotonic() - self._assigned_at > TAKE_SECONDS:
+            message = f"no worker took its place in generation {self._board.joined} in {TAKE_SECONDS} s"
+            lost = Termination(exit_code=ExitCode.LOST_PEER, reason=Reason.LOST_PEER, message=message)
+            for rank in range(len(alive)):
+                write_termination(self._run_dir, rank, lost)
+            _kill(alive)
 
     def _explain(self, result: RunResult) -> None:
         """Report why the workers ended; a stop that was asked for needs no explanation."""

@@ -96,6 +96,10 @@ class Fenced(TrainerError):
     reason = Reason.MEMBERS_CHANGED
 
 
+class MembersChange(Exception):
+    """No error: a new generation is being prepared, and this worker stands at a step boundary. It never ends one."""
+
+
 # Texts by which gloo, NCCL and TCPStore tell that a peer is gone; they come as plain RuntimeErrors.
 _LOST_PEER_TEXTS = (
     "connection closed by peer",

@@ -150,8 +150,7 @@ class Adapter:
         for group in groups:
             if not group.plan.spec.num_adapters:
                 _attach_nothing(group, device, dtype)
-        self._initialize(seed)
-        self.refresh()
+        self.reset(seed)
 
     def _attach(self, adapted: list[Group], shapes: list[tuple[int, ...]]) -> None:
         masters, grads, works = (_views(flat, shapes) for flat in (self.master, self.grad, self.work))
@@ -184,6 +183,13 @@ class Adapter:
         parameter.grad = grad
         self.trainable[name] = parameter
         self._views.append((parameter, grad))
+
+    def reset(self, seed: int) -> None:
+        """As before the first step (without DoRA, whose magnitudes are measured)."""
+        self.master.zero_()
+        self.reduced.zero_()
+        self._initialize(seed)
+        self.refresh()
 
     @torch.no_grad()
     def _initialize(self, seed: int) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from qlora_api.memory import Plan
 from qlora_api.memory import plan as make_plan
@@ -26,7 +27,7 @@ from qlora_trainer.loader import PackedModel, discard_damaged
 from qlora_trainer.lora import Adapter, Group, LayerState
 from qlora_trainer.loss import IGNORED, chunked_loss, token_losses
 from qlora_trainer.quant import FP_TYPES, fingerprint
-from qlora_trainer.sharding import gathered, mesh_of_one, place_base
+from qlora_trainer.sharding import gathered, mesh_of_one, place_base, release_base
 from qlora_trainer.skeleton import CausalLM, build_skeleton, decoder_layers
 
 
@@ -164,14 +165,22 @@ class TrainableModel:
 
 
 def build_model(
-    config: TrainConfig, packed: PackedModel, mesh: DeviceMesh | None, device: torch.device, micro_batch: int
+    config: TrainConfig,
+    packed: PackedModel,
+    mesh: DeviceMesh | None,
+    device: torch.device,
+    micro_batch: int,
+    plan: Plan | None = None,
 ) -> TrainableModel:
-    """The model of `config` on `device`, its base sharded over `mesh` (None: one rank). Raises BadConfig, BadModel."""
+    """The model of `config` on `device`, its base sharded over `mesh` (None: one rank) by `plan` (None: made here).
+
+    Raises BadConfig, BadModel.
+    """
     spec = config.spec
     dtype = FP_TYPES[spec.quantization.compute_dtype]
     attention = pick_attention(packed.hf_config, spec.training.max_length, device, dtype)
     hf_model = build_skeleton(packed.hf_config, dtype, packed.trust_remote_code, attention)
-    plan = plan_for(config, packed.hf_config, mesh, device, micro_batch)
+    plan = plan or plan_for(config, packed.hf_config, mesh, device, micro_batch)
     if plan.cpu_offload and mesh is None:
         mesh = mesh_of_one(device)
     sharded = mesh is not None and plan.sharding != "NO_SHARD"
@@ -180,7 +189,7 @@ def build_model(
     layers = decoder_layers(hf_model)[1]
     states = [LayerState() for _ in layers]
     dora = spec.lora.use_dora
-    groups = [Group(plan, tables, dtype, states[plan.layer], dora) for plan in plan_groups(spec.lora, packed)]
+    groups = [Group(own, tables, dtype, states[own.layer], dora) for own in plan_groups(spec.lora, packed)]
     replace_linears(layers, groups, dora)
     adapter = Adapter(groups, device, dtype, spec.training.seed, spec.lora.freeze_a, dora)
     place_base(hf_model, layers, packed, mesh if sharded else None, plan, device)
@@ -218,6 +227,38 @@ def _fill_rest(hf_model: CausalLM, rest: dict[str, Tensor], device: torch.device
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[leaf] = buffer.to(device)
+
+
+def take_over(
+    model: TrainableModel, config: TrainConfig, packed: PackedModel, mesh: DeviceMesh | None, plan: Plan
+) -> bool:
+    """Bring a model of an earlier generation into this one's world, as fresh as a new one; False: build a new one.
+
+    Compiled code stays; so do the base's bytes where it is whole. Others are sharded anew, if FSDP2 has no hand in it.
+    """
+    old = model.plan
+    same = ("recomputed_layers", "host_embeddings", "cpu_offload", "micro_batch_size")
+    known = model.config.spec.model_dump(exclude={"elastic_policy", "suspend"})
+    if (
+        packed.digest != model.packed.digest
+        or config.spec.model_dump(exclude={"elastic_policy", "suspend"}) != known
+        or any(getattr(plan, name) != getattr(old, name) for name in same)
+        or plan.cpu_offload
+        or config.spec.lora.use_dora
+        or any(isinstance(layer, FSDPModule) for layer in model.layers)
+    ):
+        return False
+    if not old.sharding == plan.sharding == "NO_SHARD":
+        release_base(model.layers)
+        for group in model.adapter.groups:
+            group.state.blob = None
+        place_base(
+            model.hf_model, model.layers, packed, mesh if plan.sharding != "NO_SHARD" else None, plan, model.device
+        )
+    model.plan, model.config, model.packed = plan, config, packed
+    model.adapter.reset(config.spec.training.seed)
+    model.train()
+    return True
 
 
 def plan_for(

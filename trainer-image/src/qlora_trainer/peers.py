@@ -45,7 +45,7 @@ class PeerBase:
         longest = max(self._parts) * len(shards)
         self._slots = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(2)]
         # of .data: what is saved for the backward pass may be overwritten and read again in between
-        self._views = [self._slots[i % 2].data[: part * len(shards)] for i, part in enumerate(self._parts)]
+        self._views = [self._slots[i % 2].data[:size] for i, size in enumerate(sizes)]
         self._held = [-1, -1]
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ready = [torch.cuda.Event(), torch.cuda.Event()] if self._stream else []

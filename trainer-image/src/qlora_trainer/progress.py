@@ -73,9 +73,10 @@ class Reporter:
         self._steps.append((time.monotonic(), position.history.num_tokens))
         self._update(session, position)
 
-    def parked(self, session: Session, position: Position) -> None:
-        """At a step boundary, to be ended."""
-        self._update(session, position, phase=Phase.PARKED)
+    def parked(self) -> None:
+        """Out of the group at a step boundary, to take another place or to be ended."""
+        self._state = self._state.model_copy(update={"phase": Phase.PARKED})
+        self._write()
 
     def finished(self, artifacts: Artifacts) -> Artifacts:
         """The manifest is in the bucket."""

@@ -4,6 +4,7 @@ Rules: what can be refused is refused before anything expensive; nothing here de
 sharding of the base; the order of set-up is the order of the functions.
 """
 
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,12 +27,13 @@ from qlora_trainer.control import WorkerEnv
 from qlora_trainer.data import BatchPlan, Sequences, build_sequences, hold_out
 from qlora_trainer.errors import BadConfig
 from qlora_trainer.loader import PackedModel, ensure_packed
-from qlora_trainer.model import TrainableModel, build_model, smallest_gpu
+from qlora_trainer.model import TrainableModel, build_model, plan_for, smallest_gpu, take_over
 from qlora_trainer.optim import Optimizer
 from qlora_trainer.samples import SampleSet, ensure_samples
 from qlora_trainer.sharding import backend_of
 from qlora_trainer.snapshot import SnapshotSlots
 from qlora_trainer.sources import Source, ensure_dataset, ensure_model
+from qlora_trainer.standing import Kept
 from qlora_trainer.storage import ObjectStore, open_store
 from qlora_trainer.tokens import load_tokenizer, pad_id
 
@@ -90,9 +92,21 @@ def process_group(env: WorkerEnv) -> Iterator[DeviceMesh | None]:
         torch.cuda.set_device(env.local_rank)
     try:
         yield _join(env) if env.world_size > 1 else None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except Exception:
+        _break_up()
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _break_up() -> None:
+    """Leave without the others: they may be gone, and threads of this process may hang in what they have in common."""
+    if not dist.is_initialized():
+        return
+    try:
+        dist.distributed_c10d._abort_process_group()
+    except RuntimeError:  # a backend that can't
+        dist.destroy_process_group()
 
 
 def _join(env: WorkerEnv) -> DeviceMesh:
@@ -170,14 +184,14 @@ def micro_batch_size(config: TrainConfig, hf_config: Any, gpu_bytes: int) -> int
         raise BadConfig(str(error)) from error
 
 
-def set_up(config: TrainConfig, env: WorkerEnv, mesh: DeviceMesh | None) -> Session:
-    """All parts, the base verified byte by byte. Raises what the parts raise."""
+def set_up(config: TrainConfig, env: WorkerEnv, mesh: DeviceMesh | None, kept: Kept) -> Session:
+    """All parts, the base verified byte by byte; `kept` of an earlier generation is used and filled. Raises theirs."""
     prepared = prepare(config, env)
     device = device_of(env)
     micro_batch = micro_batch_size(config, prepared.packed.hf_config, smallest_gpu(mesh, device))
     micro_batch = broadcast(micro_batch, 0, env)  # elasticPolicy may just have changed for some of the members
     data = replace(prepared.data, plan=replace(prepared.data.plan, micro_batch_size=micro_batch))
-    model = build_model(config, prepared.packed, mesh, device, micro_batch)
+    model = _model(config, prepared.packed, mesh, device, micro_batch, kept)
     if env.rank == 0:
         print(f"memory plan: {model.plan.summary()} {model.plan.advice()}".rstrip(), file=sys.stderr, flush=True)
     model.verify()
@@ -185,7 +199,8 @@ def set_up(config: TrainConfig, env: WorkerEnv, mesh: DeviceMesh | None) -> Sess
     store, layout = open_output(config, env)
     group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT) if mesh is not None else None
     cpu_mesh = init_device_mesh("cpu", (env.world_size,)) if mesh is not None else None
-    snapshots = SnapshotSlots(env.run_dir) if env.local_rank == 0 else None
+    if env.local_rank == 0:
+        kept.snapshots = kept.snapshots or SnapshotSlots(env.run_dir)
     checkpoints = CheckpointWriter(store, config.spec.checkpoint.keep, cpu_mesh, group)
     return Session(
         config,
@@ -198,9 +213,26 @@ def set_up(config: TrainConfig, env: WorkerEnv, mesh: DeviceMesh | None) -> Sess
         store,
         layout,
         prepared.model.path,
-        snapshots,
+        kept.snapshots,
         checkpoints,
     )
+
+
+def _model(
+    config: TrainConfig,
+    packed: PackedModel,
+    mesh: DeviceMesh | None,
+    device: torch.device,
+    micro_batch: int,
+    kept: Kept,
+) -> TrainableModel:
+    """The model of the generation before, if it suits, or a new one."""
+    plan = plan_for(config, packed.hf_config, mesh, device, micro_batch)
+    if kept.model is None or not take_over(kept.model, config, packed, mesh, plan):
+        kept.model = None
+        gc.collect()  # its memory, before another one needs it
+        kept.model = build_model(config, packed, mesh, device, micro_batch, plan)
+    return kept.model
 
 
 def all_gather(value: Any, env: WorkerEnv) -> list[Any]:

@@ -208,6 +208,14 @@ def place_base(
         shard_root(root, layers, mesh)
 
 
+def release_base(layers: nn.ModuleList) -> None:
+    """Give up the layers' bytes, or this rank's part of them, before they are placed anew."""
+    for layer in layers:
+        for name in ("packed", "peers"):
+            if hasattr(layer, name):
+                delattr(layer, name)
+
+
 def _hand_over(layer: nn.Module, part: Tensor, mesh: DeviceMesh | None, plan: Plan) -> None:
     """Make this rank's part (with a mesh FSDP2's) the layer's parameter."""
     if mesh is None:

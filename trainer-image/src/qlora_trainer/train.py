@@ -7,25 +7,24 @@ gradients, so that all ranks act on it at the same step boundary; a state is nev
 import math
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from qlora_api.layout import merged_key
 from qlora_api.run import CONFIG_PATH, Command, ExitCode, TrainConfig, parse_config
 from qlora_api.status import Artifacts
-from qlora_trainer import adapter, faults
+from qlora_trainer import faults
 from qlora_trainer.control import WorkerEnv, read_control, read_worker_state, write_termination
 from qlora_trainer.data import MicroBatch, Sequences, collate, cut, num_targets, num_tokens, share
-from qlora_trainer.errors import BadConfig, Fenced, Stopped, StorageError, TrainerError, classify
-from qlora_trainer.merge import merge_to_store
+from qlora_trainer.errors import BadConfig, MembersChange, Stopped, TrainerError, classify
 from qlora_trainer.progress import Reporter
+from qlora_trainer.publish import find_published, publish
 from qlora_trainer.restore import Position, restore
 from qlora_trainer.samples import SampleSet
-from qlora_trainer.session import Session, broadcast, make_ready, open_output, process_group, set_up
+from qlora_trainer.session import Session, make_ready, process_group, set_up
+from qlora_trainer.standing import Kept, may_stand, next_place
 
 ENV_CONFIG = "QLORA_CONFIG"
 _POLL_SECONDS = 0.05  # between looks at the agent that is to end us, or at an upload under way
@@ -38,7 +37,8 @@ def main() -> None:
 
 def run() -> ExitCode:
     """Entry under torch elastic's agent, which ends the process by this code."""
-    return guarded(run_worker, config_path(), WorkerEnv.of_environment())
+    path = config_path()
+    return guarded(lambda config, env: run_worker(config, env, path), path, WorkerEnv.of_environment())
 
 
 def warm() -> None:
@@ -84,25 +84,37 @@ def read_config(path: Path) -> TrainConfig:
         raise BadConfig(f"{path} cannot be read: {error}") from error
 
 
-def run_worker(config: TrainConfig, env: WorkerEnv) -> Artifacts:
-    """Train until the adapter is published (or was), on this rank. Ends with an error when it must end otherwise."""
-    reporter = Reporter(env)
+def run_worker(config: TrainConfig, env: WorkerEnv, path: Path | None = None) -> Artifacts:
+    """Train on this rank, from generation to generation, until the adapter is published (or was).
+
+    `path`: where the configuration is read again. Ends with an error where this worker can't go on.
+    """
+    kept = Kept()
+    while True:
+        reporter = Reporter(env)
+        try:
+            return _run_generation(config, env, reporter, kept)
+        except Exception as error:
+            if not may_stand(error, env):
+                raise
+            print(f"generation {env.generation} is over for rank {env.rank}: {error}", file=sys.stderr, flush=True)
+        kept.settle()
+        reporter.parked()
+        env = next_place(env)
+        config = read_config(path) if path else config
+
+
+def _run_generation(config: TrainConfig, env: WorkerEnv, reporter: Reporter, kept: Kept) -> Artifacts:
     with process_group(env) as mesh:
-        if published := _published(config, env):
+        if published := find_published(config, env):
             return reporter.finished(published)
-        session = set_up(config, env, mesh)
+        session = set_up(config, env, mesh, kept)
         position = restore(session)
         reporter.start(session, position)
         _snapshot(session, position)
         _train(session, position, reporter)
-        artifacts = _publish(session, position, reporter)
+        artifacts = publish(session, position, reporter)
     return reporter.finished(artifacts)
-
-
-def _published(config: TrainConfig, env: WorkerEnv) -> Artifacts | None:
-    found = adapter.find_published(open_output(config, env)[0]) if env.rank == 0 else None
-    result: Artifacts | None = broadcast(found, 0, env)
-    return result
 
 
 def _train(session: Session, position: Position, reporter: Reporter) -> None:
@@ -239,59 +251,9 @@ def _park(session: Session, position: Position, reporter: Reporter, stop: bool) 
             _save(session, position, reporter)
             session.checkpoints.finish()
             reporter.saved(session, None)
-        reporter.parked(session, position)
+        reporter.parked()
         raise Stopped(f"stopped after step {position.step}; a checkpoint of it is in the bucket")
-    reporter.parked(session, position)
-    parent = os.getppid()
-    while os.getppid() == parent:
-        time.sleep(_POLL_SECONDS)
-    raise Fenced("the agent is gone while this worker was parked")
-
-
-def _publish(session: Session, position: Position, reporter: Reporter) -> Artifacts:
-    """Rank 0 writes, verifies and uploads the adapter; all ranks learn of it."""
-    reporter.publishing()
-    try:
-        session.checkpoints.finish()
-    except StorageError as error:
-        reporter.saved(session, error)  # the adapter comes next: it decides
-    artifacts = _write_and_upload(session, position, reporter) if session.is_first else None
-    result: Artifacts = broadcast(artifacts, 0, session.env)
-    return result
-
-
-def _chosen_evaluation(session: Session, position: Position) -> tuple[int, float | None]:
-    """(step, loss) of the adapter to publish, which is put in place: the best under early stopping, else the last."""
-    best = position.history.best_evaluation
-    if session.config.spec.training.early_stopping_patience is None or best is None:
-        return position.step, position.history.eval_loss
-    if session.snapshots:
-        session.snapshots.wait()
-    session.optimizer.load_best()
-    return best
-
-
-def _write_and_upload(session: Session, position: Position, reporter: Reporter) -> Artifacts:
-    config, model = session.config, session.model
-
-    def fence() -> None:
-        if read_control(session.env.run_dir).generation > session.env.generation:
-            raise Fenced("a newer generation exists: it publishes the adapter")
-
-    published = _chosen_evaluation(session, position)
-    metrics = adapter.metrics_of(position.history, position.step, published, reporter.measured())
-    provenance = adapter.provenance_of(config, session.data.digests)
-    with tempfile.TemporaryDirectory(prefix="adapter-") as name:
-        folder = Path(name)
-        tensors = {**model.trainable, **model.frozen}
-        adapter.write_adapter(config, tensors, model.hf_config, folder)
-        adapter.write_report(config, position.history, metrics, provenance, folder)
-        faults.reach("upload", position.step)
-        if config.spec.output.merge:
-            merge_to_store(model.packed, folder, session.model_dir, session.store, merged_key(session.env.generation))
-        return adapter.publish(
-            session.store, session.layout, folder, session.env.generation, metrics, provenance, fence
-        )
+    raise MembersChange(f"the members change after step {position.step}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+"""The end of a run: rank 0 writes, verifies and uploads the adapter, the manifest last; all ranks learn of it.
+
+Rules: a run is published once; a worker of an older generation uploads below its own key and writes no manifest.
+"""
+
+import tempfile
+from pathlib import Path
+
+from qlora_api.layout import merged_key
+from qlora_api.run import TrainConfig
+from qlora_api.status import Artifacts
+from qlora_trainer import adapter, faults
+from qlora_trainer.control import WorkerEnv, read_control
+from qlora_trainer.errors import Fenced, StorageError
+from qlora_trainer.merge import merge_to_store
+from qlora_trainer.progress import Reporter
+from qlora_trainer.restore import Position
+from qlora_trainer.session import Session, broadcast, open_output
+
+
+def find_published(config: TrainConfig, env: WorkerEnv) -> Artifacts | None:
+    """What this run has published already; all ranks learn of it."""
+    found = adapter.find_published(open_output(config, env)[0]) if env.rank == 0 else None
+    result: Artifacts | None = broadcast(found, 0, env)
+    return result
+
+
+def publish(session: Session, position: Position, reporter: Reporter) -> Artifacts:
+    """Rank 0 writes, verifies and uploads the adapter; all ranks learn of it."""
+    reporter.publishing()
+    try:
+        session.checkpoints.finish()
+    except StorageError as error:
+        reporter.saved(session, error)  # the adapter comes next: it decides
+    artifacts = _write_and_upload(session, position, reporter) if session.is_first else None
+    result: Artifacts = broadcast(artifacts, 0, session.env)
+    return result
+
+
+def _chosen_evaluation(session: Session, position: Position) -> tuple[int, float | None]:
+    """(step, loss) of the adapter to publish, which is put in place: the best under early stopping, else the last."""
+    best = position.history.best_evaluation
+    if session.config.spec.training.early_stopping_patience is None or best is None:
+        return position.step, position.history.eval_loss
+    if session.snapshots:
+        session.snapshots.wait()
+    session.optimizer.load_best()
+    return best
+
+
+def _write_and_upload(session: Session, position: Position, reporter: Reporter) -> Artifacts:
+    config, model = session.config, session.model
+
+    def fence() -> None:
+        if read_control(session.env.run_dir).generation > session.env.generation:
+            raise Fenced("a newer generation exists: it publishes the adapter")
+
+    published = _chosen_evaluation(session, position)
+    metrics = adapter.metrics_of(position.history, position.step, published, reporter.measured())
+    provenance = adapter.provenance_of(config, session.data.digests)
+    with tempfile.TemporaryDirectory(prefix="adapter-") as name:
+        folder = Path(name)
+        tensors = {**model.trainable, **model.frozen}
+        adapter.write_adapter(config, tensors, model.hf_config, folder)
+        adapter.write_report(config, position.history, metrics, provenance, folder)
+        faults.reach("upload", position.step)
+        if config.spec.output.merge:
+            merge_to_store(model.packed, folder, session.model_dir, session.store, merged_key(session.env.generation))
+        return adapter.publish(
+            session.store, session.layout, folder, session.env.generation, metrics, provenance, fence
+        )
