@@ -47,11 +47,8 @@ def main() -> int:
 def _count(env: WorkerEnv) -> None:
     """Counts steps together with its peers."""
     slots = SnapshotSlots(env.run_dir)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
     newest = slots.newest()
     start = torch.tensor([newest.step if newest else 0])
-    dist.all_reduce(start, op=dist.ReduceOp.MAX)
-    state = torch.full((1000,), float(start))
 
     def tell(phase: Phase, step: int, artifacts: Artifacts | None = None) -> None:
         progress = Progress(step=step, total_steps=STEPS, loss=1.0)
@@ -65,8 +62,11 @@ def _count(env: WorkerEnv) -> None:
         )
         write_worker_state(env.run_dir, env.local_rank, told)
 
-    step = int(start)
-    tell(Phase.TRAINING, step)
+    tell(Phase.STARTING, int(start))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    dist.all_reduce(start, op=dist.ReduceOp.MAX)
+    state = torch.full((1000,), float(start))
+    tell(Phase.TRAINING, step := int(start))
     while step < STEPS:
         control = read_control(env.run_dir)
         flag = torch.tensor([float(control.prepare > env.generation), float(control.command == Command.STOP)])

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from qlora_api.types import QLoRAFinetuneSpec
+from qlora_trainer.group import Group
 from qlora_trainer.session import Session, set_up
+from qlora_trainer.standing import Kept
 
 LOSS_TOLERANCE = 2e-6
 ADAPTER_TOLERANCE = 1e-2
@@ -152,7 +154,7 @@ def test_llama_at_every_world_size(
 ) -> None:
     world = make_world("ours", dataset=NO_EVAL, training={"packing": False})
     if not known:
-        session = set_up(world.config, world.env(9), None)
+        session = set_up(world.config, world.env(9), Group(), Kept())
         known["initial"] = initial_adapter(session)
         known["theirs"] = train_with_trl(session, known["initial"], tmp_path / "trl")
     assert world.run(list(range(world_size))) == [0] * world_size
@@ -184,7 +186,7 @@ def test_families_and_switches(
     make_model(tmp_path / "model", family, **shape)
     training = {"packing": False, **spec.get("training", {})}
     world = make_world("ours", tmp_path / "model", dataset=NO_EVAL, **{**spec, "training": training})
-    session = set_up(world.config, world.env(9), None)
+    session = set_up(world.config, world.env(9), Group(), Kept())
     initial = initial_adapter(session)
     theirs = train_with_trl(session, initial, tmp_path / "trl")
     assert world.run([0]) == [0]
@@ -193,7 +195,7 @@ def test_families_and_switches(
 
 def test_completions_alone_count(make_world: Callable[..., Any], pairs_file: Path, tmp_path: Path) -> None:
     world = make_world("ours", data=pairs_file, dataset=NO_EVAL, training={"packing": False, "microBatchSize": 3})
-    session = set_up(world.config, world.env(9), None)
+    session = set_up(world.config, world.env(9), Group(), Kept())
     initial = initial_adapter(session)
     theirs = train_with_trl(session, initial, tmp_path / "trl")
     assert world.run([0, 1]) == [0, 0]

@@ -1,8 +1,11 @@
 """Worker processes over gloo, from file:// sources to a file:// bucket: one world, changing worlds, broken worlds."""
 
 import json
+import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,9 @@ import torch
 from qlora_api.run import Command, ExitCode
 from qlora_trainer import control
 from qlora_trainer.checkpoint import find_complete
-from qlora_trainer.control import Control, Phase
+from qlora_trainer.control import Assignment, Control, Phase
 from qlora_trainer.storage import FileStore
+from qlora_trainer.train import work
 
 MakeWorld = Callable[..., Any]
 NO_EVAL = {"evalFraction": 0.0}
@@ -106,23 +110,63 @@ def test_a_survivor_goes_on_in_its_process(make_world: MakeWorld, straight: Any)
     """Where the agent gives out places, a worker that lost its peer keeps its model and takes its state anew."""
     world = make_world("survivor", dataset=NO_EVAL)
     world.start([0, 1])
-    while not ((state := world.state(1)) and state.progress.step >= 2):
-        time.sleep(0.01)
-    run_dir = world.env(0).run_dir
-    control.write_control(run_dir, Control(generation=1, assigns=True))
+    wait_for(lambda: world.state(1) and world.state(1).progress.step >= 2)
+    env = world.env(0)
+    control.write_control(env.run_dir, Control(generation=1, assigns=True))
     world.processes[1].kill()
-    while world.state(0).phase != Phase.PARKED:
-        assert world.processes[0].is_alive()
-        time.sleep(0.01)
+    wait_for(lambda: world.state(0).phase == Phase.PARKED)
+    assert world.termination(0).exit_code == ExitCode.LOST_PEER, "the operator wants to know"
     reached = world.state(0).progress.step
-    place = control.Assignment(generation=2, rank=0, world_size=1, master_addr="nobody", master_port=1)
-    control.write_control(run_dir, Control(generation=2, assigns=True))
-    control.write_assignment(run_dir, 0, place)
+    control.write_control(env.run_dir, Control(generation=2, assigns=True))
+    place(env, generation=2, world_size=1, port=1)
     assert world.wait()[0] == ExitCode.OK
     assert order(world) == order(straight)
     assert min(line["step"] for line in world.traces() if line["generation"] == 2) >= reached - 1
     for name, tensor in straight.adapter().items():
         torch.testing.assert_close(world.adapter()[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_a_survivor_goes_alone_and_takes_a_newcomer_in(make_world: MakeWorld, straight: Any) -> None:
+    """2-1-2 with one process that stays: its base is sharded, whole and sharded again, its steps are nobody else's."""
+    world = make_world("regrown", dataset=NO_EVAL)
+    world.start([0, 1])
+    env, survivor = world.env(0), world.processes[0]
+    give = partial(control.write_control, env.run_dir)
+    wait_for(lambda: world.state(1) and world.state(1).progress.step >= 1)
+    give(Control(generation=1, assigns=True))
+    world.processes[1].kill()
+    wait_for(lambda: world.state(0).phase == Phase.PARKED)
+    place(env, generation=2, world_size=1, port=1)
+    give(Control(generation=2, prepare=3, assigns=True))  # one step alone, and the newcomer is there
+    wait_for(lambda: (world.state(0).phase, world.state(0).generation) == (Phase.PARKED, 2))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    meeting = {"rank": 1, "world_size": 2, "generation": 3, "init_method": f"tcp://127.0.0.1:{port}"}
+    newcomer = world.context.Process(target=work, args=(world.config, replace(world.env(1), **meeting)), daemon=True)
+    control.write_control(world.env(1).run_dir, Control(generation=3))
+    newcomer.start()
+    place(env, generation=3, world_size=2, port=port)
+    give(Control(generation=3, assigns=True))
+    world.processes = [survivor, newcomer]
+    assert world.wait() == [ExitCode.OK, ExitCode.OK]
+    assert order(world) == order(straight)
+    assert {line["generation"] for line in world.traces()} == {1, 2, 3}
+    for name, tensor in straight.adapter().items():
+        torch.testing.assert_close(world.adapter()[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def place(env: Any, generation: int, world_size: int, port: int) -> None:
+    """As the agent gives it to the first worker."""
+    given = Assignment(generation=generation, rank=0, world_size=world_size, master_addr="127.0.0.1", master_port=port)
+    control.write_assignment(env.run_dir, 0, given)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
 
 
 def test_prepare_parks_all_at_one_step(make_world: MakeWorld) -> None:

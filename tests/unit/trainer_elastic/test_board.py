@@ -99,6 +99,41 @@ def test_workers_that_wait_for_a_lost_peer_are_ended_after_a_while(
     assert joined.may_end_workers(1)
 
 
+def test_of_workers_that_lost_a_peer_all_park_or_none_stays(joined: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined.watch(0, worker(1, 3, Phase.PARKED))
+    joined.watch(1, worker(1, 3))
+    assert not joined.may_end_workers(2), "the other one may follow in a moment"
+    monkeypatch.setattr(board_module, "PARK_FLOOR_SECONDS", 0.0)
+    monkeypatch.setattr(board_module, "PARK_STEPS", 0.0)
+    assert joined.may_end_workers(2), "it hangs"
+
+
+def test_a_worker_that_has_finished_is_not_waited_for(joined: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board_module, "PARK_FLOOR_SECONDS", 0.0)
+    joined.watch(0, worker(1, 3, Phase.FINISHED))
+    joined.watch(1, worker(1, 3))
+    assert not joined.may_end_workers(2)
+    joined.watch(1, worker(1, 3, Phase.PARKED))
+    assert joined.may_end_workers(2)
+
+
+def test_collectives_that_hang_are_broken_off_before_their_worker_is_ended(
+    joined: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined.give_places(can_abandon=True)
+    joined.hear(view(1, "1", "2", prepare=2))
+    assert not joined.may_end_workers(1)
+    assert not read_control(tmp_path).abandon, "a step boundary may come"
+    monkeypatch.setattr(board_module, "PARK_FLOOR_SECONDS", 0.0)
+    monkeypatch.setattr(board_module, "PARK_STEPS", 0.0)
+    assert not joined.may_end_workers(1)
+    assert read_control(tmp_path) == Control(generation=1, prepare=2, abandon=True, assigns=True)
+    joined.give_places(can_abandon=False)  # its time is over
+    assert joined.may_end_workers(1)
+    joined.join(2)
+    assert not read_control(tmp_path).abandon
+
+
 def test_a_worker_of_an_older_generation_is_not_looked_at(joined: Board) -> None:
     joined.join(2)
     joined.watch(0, worker(1, 9))

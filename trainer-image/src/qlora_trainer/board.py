@@ -16,6 +16,7 @@ from qlora_trainer.control import Control, Phase, WorkerState, write_control
 
 PARK_FLOOR_SECONDS = 1.0
 PARK_STEPS = 2.0  # a worker that is not at a step boundary after so many median steps waits for a lost peer
+LEAVE_SECONDS = 2.0  # for one that can break its collectives off (NCCL's) and park
 _KEPT_STEPS = 16
 
 
@@ -27,7 +28,6 @@ class Board:
         self.view = Membership()
         self.state = AgentState.WARMING
         self.joined = 0
-        self.assigns = False  # this agent gives workers that stand a place in the next generation
         self.termination: Termination | None = None
         self.urgent_read, self._urgent_write = os.pipe()
         os.set_blocking(self._urgent_write, False)
@@ -38,7 +38,10 @@ class Board:
         self._leave_requested = False
         self._worker: WorkerState | None = None
         self._snapshot_step: int | None = None
-        self._parked: dict[int, bool] = {}
+        self._phases: dict[int, Phase] = {}  # by local rank
+        self._assigns = False  # workers that stand get a place in the next generation
+        self._abandon_for = 0.0  # seconds that workers get to break their collectives off
+        self._abandon = False
         self._step_seconds: deque[float] = deque(maxlen=_KEPT_STEPS)
         self._step_time = time.monotonic()
         self._wanted_since: float | None = None  # when the workers were first asked to park
@@ -120,6 +123,11 @@ class Board:
             self.changed.notify_all()
         self.hurry()
 
+    def give_places(self, can_abandon: bool) -> None:
+        """Workers that stand go on in the next generation; `can_abandon`: also those that a lost peer holds up."""
+        with self.changed:
+            self._assigns, self._abandon_for = True, LEAVE_SECONDS if can_abandon else 0.0
+
     def set_snapshot_step(self, step: int | None) -> None:
         """What the memory tier holds before this agent's first worker."""
         with self.changed:
@@ -155,7 +163,7 @@ class Board:
             self.joined = self._floor = generation
             self.state, self.termination = AgentState.RUNNING, None
             self._snapshot_step, self._worker = self.snapshot_step, None
-            self._parked, self._wanted_since, self._force_park = {}, None, False
+            self._phases, self._wanted_since, self._force_park, self._abandon = {}, None, False, False
             self._step_seconds.clear()
             self._work_seconds.clear()
             self._tell_workers()
@@ -172,7 +180,7 @@ class Board:
         with self.changed:
             if worker.generation != self.joined:
                 return
-            self._parked[local_rank] = worker.phase in (Phase.PARKED, Phase.FINISHED)
+            self._phases[local_rank] = worker.phase
             if METRIC_STEP_WORK in worker.metrics:
                 self._work_seconds[local_rank] = worker.metrics[METRIC_STEP_WORK]
             if local_rank != 0:
@@ -192,16 +200,21 @@ class Board:
     def may_end_workers(self, num_workers: int) -> bool:
         """Whether the workers can be ended now: asked to park, and parked or too late to."""
         with self.changed:
-            parked = len(self._parked) == num_workers and all(self._parked.values())
-            if parked and (self._worker is None or self._worker.phase == Phase.PARKED):
-                return True  # another member wanted it; the coordinator will tell why
-            if not self._wants_park():
+            phases = [self._phases.get(rank) for rank in range(num_workers)]
+            one_parked = Phase.PARKED in phases
+            at_rest = all(phase in (Phase.PARKED, Phase.FINISHED) for phase in phases)
+            if one_parked and at_rest:
+                return True  # perhaps another member wanted it; the coordinator will tell why
+            if not (one_parked or self._wants_park()):
                 return False
             if self._wanted_since is None:
                 self._wanted_since = time.monotonic()
+            late = time.monotonic() - self._wanted_since - self._park_seconds()
+            if late > 0 and self._abandon_for and not self._abandon:
+                self._abandon = True
+                self._tell_workers()
             starting = self._worker is None or self._worker.phase == Phase.STARTING
-            late = time.monotonic() - self._wanted_since > self._park_seconds()
-            return parked or starting or late
+            return at_rest or starting or late > self._abandon_for
 
     def _park_seconds(self) -> float:
         steps = sorted(self._step_seconds)
@@ -219,7 +232,13 @@ class Board:
 
     def _tell_workers(self) -> None:
         prepare = self.joined + 1 if self._force_park else max(self.joined, self.view.prepare)
-        control = Control(generation=self.joined, prepare=prepare, command=self.view.command, assigns=self.assigns)
+        control = Control(
+            generation=self.joined,
+            prepare=prepare,
+            command=self.view.command,
+            abandon=self._abandon,
+            assigns=self._assigns,
+        )
         if control != self._told:
             write_control(self._run_dir, control)
             self._told = control

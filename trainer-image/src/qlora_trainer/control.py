@@ -66,6 +66,7 @@ class Control(ApiModel):
 
     generation: int = 0
     prepare: int = Field(0, description="Above generation while a change of members is being prepared.")
+    abandon: bool = Field(False, description="This generation's collectives will not end: leave without the others.")
     assigns: bool = Field(False, description="Workers that stand are given places in the next generation.")
     command: Command = Command.RUN
 

@@ -1,7 +1,8 @@
-"""torch elastic's own agent, with workers that are ended at once and ends that are explained.
+"""torch elastic's own agent, with workers that go on or are ended at once, and ends that are explained.
 
 Rules: it is used as it comes (`LocalElasticAgent`); here is only what it asks its implementers for: start, watch and
-stop. Stopping is SIGKILL: a worker that could be stopped gently stands parked with its snapshot, any other hangs.
+stop. To stop workers that stand parked is to let them stand, to start them is to give them their places; any others
+hang or have failed, and are ended by SIGKILL.
 `max_restarts` is large and means nothing: the budget belongs to the operator.
 """
 
@@ -23,6 +24,7 @@ from qlora_trainer.control import (
     Assignment,
     Phase,
     clear_worker_files,
+    has_gpu,
     read_termination,
     read_worker_state,
     write_assignment,
@@ -30,6 +32,7 @@ from qlora_trainer.control import (
 )
 from qlora_trainer.workers import OutputPump, num_oom_kills, work
 
+ENV_STAND = "QLORA_STAND"  # "0": every generation gets new workers; the default on GPUs until it is measured there
 MONITOR_SECONDS = 0.05
 TAKE_SECONDS = 5.0  # for a standing worker to take its place: it looks fifty times a second
 EXIT_BARRIER_SECONDS = 10.0  # the store's host waits so long for its peers to end
@@ -60,7 +63,8 @@ class NodeAgent(LocalElasticAgent):
         self._num_oom_kills = num_oom_kills()
         self._standing = False  # the workers wait for a place in the next generation
         self._assigned_at: float | None = None  # they were given one, and have not said a word since
-        board.assigns = True
+        if os.environ.get(ENV_STAND, "0" if has_gpu() else "1") != "0":
+            board.give_places(can_abandon=has_gpu())
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         clear_worker_files(self._run_dir)
@@ -117,6 +121,10 @@ class NodeAgent(LocalElasticAgent):
         self._standing = not self._board.stopping and self._all_parked()
         if not self._standing:
             self._end_workers(worker_group)
+            return
+        said = [read_termination(self._run_dir, rank) for rank in range(worker_group.spec.local_world_size)]
+        if cause := next(filter(None, said), None):
+            self._board.set_state(AgentState.FAILED, cause)  # they lost a peer, and the operator wants to know
 
     def _end_workers(self, worker_group: WorkerGroup) -> None:
         self._standing, self._assigned_at = False, None

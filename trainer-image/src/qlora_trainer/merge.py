@@ -127,7 +127,8 @@ def merge_to_store(packed: PackedModel, adapter: Path, tokenizer: Path, store: O
 
 def main() -> None:
     """The command."""
-    from qlora_trainer.session import device_of, open_output
+    from qlora_trainer.group import device_of
+    from qlora_trainer.session import open_output
     from qlora_trainer.train import read_config
 
     parser = argparse.ArgumentParser(

@@ -5,6 +5,7 @@ alone; everything random is a function of (seed, name) or (seed, step, micro bat
 depend on how many there are. The forward of a decoder layer stays transformers' own.
 """
 
+import gc
 import hashlib
 import math
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from qlora_trainer.loss import IGNORED, chunked_loss, token_losses
 from qlora_trainer.quant import FP_TYPES, fingerprint
 from qlora_trainer.sharding import gathered, mesh_of_one, place_base, release_base
 from qlora_trainer.skeleton import CausalLM, build_skeleton, decoder_layers
+
+_BUILT_IN = ("recomputed_layers", "host_embeddings", "cpu_offload", "micro_batch_size")  # of a plan, into a model
 
 
 class TrainableModel:
@@ -229,36 +232,48 @@ def _fill_rest(hf_model: CausalLM, rest: dict[str, Tensor], device: torch.device
                 module._buffers[leaf] = buffer.to(device)
 
 
-def take_over(
-    model: TrainableModel, config: TrainConfig, packed: PackedModel, mesh: DeviceMesh | None, plan: Plan
-) -> bool:
-    """Bring a model of an earlier generation into this one's world, as fresh as a new one; False: build a new one.
+def obstacles(model: TrainableModel, config: TrainConfig, packed: PackedModel, plan: Plan) -> list[str]:
+    """Why a model of an earlier generation can't serve this one; none: `move` it."""
+    found = {
+        "another base": packed.digest != model.packed.digest,
+        "another spec": _trained(config) != _trained(model.config),
+        "another memory plan": any(getattr(plan, name) != getattr(model.plan, name) for name in _BUILT_IN),
+        "FSDP2 holds it": any(isinstance(layer, FSDPModule) for layer in model.layers),
+        "its magnitudes are measured at the start": config.spec.lora.use_dora,
+    }
+    return [reason for reason, holds in found.items() if holds]
 
-    Compiled code stays; so do the base's bytes where it is whole. Others are sharded anew, if FSDP2 has no hand in it.
+
+def move(
+    model: TrainableModel, config: TrainConfig, packed: PackedModel, mesh: DeviceMesh | None, plan: Plan
+) -> TrainableModel:
+    """A model without `obstacles` in this generation's world, trained in nothing. Raises as build_model.
+
+    Compiled code stays; so does a base that is whole before and after, any other is read from the node's disk.
     """
-    old = model.plan
-    same = ("recomputed_layers", "host_embeddings", "cpu_offload", "micro_batch_size")
-    known = model.config.spec.model_dump(exclude={"elastic_policy", "suspend"})
-    if (
-        packed.digest != model.packed.digest
-        or config.spec.model_dump(exclude={"elastic_policy", "suspend"}) != known
-        or any(getattr(plan, name) != getattr(old, name) for name in same)
-        or plan.cpu_offload
-        or config.spec.lora.use_dora
-        or any(isinstance(layer, FSDPModule) for layer in model.layers)
-    ):
-        return False
-    if not old.sharding == plan.sharding == "NO_SHARD":
+    if not model.plan.sharding == plan.sharding == "NO_SHARD":
         release_base(model.layers)
         for group in model.adapter.groups:
             group.state.blob = None
-        place_base(
-            model.hf_model, model.layers, packed, mesh if plan.sharding != "NO_SHARD" else None, plan, model.device
-        )
+        free_memory()
+        sharded = plan.sharding != "NO_SHARD"
+        place_base(model.hf_model, model.layers, packed, mesh if sharded else None, plan, model.device)
     model.plan, model.config, model.packed = plan, config, packed
     model.adapter.reset(config.spec.training.seed)
     model.train()
-    return True
+    return model
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to: symmetric memory takes no part in the allocator's cache."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _trained(config: TrainConfig) -> dict[str, Any]:
+    """What of a spec a model depends on."""
+    return config.spec.model_dump(exclude={"elastic_policy", "suspend"})
 
 
 def plan_for(

@@ -46,6 +46,11 @@ class Reporter:
         env.run_dir.mkdir(parents=True, exist_ok=True)
         self._write()
 
+    @property
+    def step(self) -> int:
+        """The last one that was told."""
+        return self._state.progress.step
+
     def start(self, session: Session, position: Position) -> None:
         """Set up and restored."""
         self._saved_at -= _age(session.checkpoints.found, position)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from qlora_trainer import checkpoint
 from qlora_trainer.errors import BadConfig, StorageError
+from qlora_trainer.group import all_gather, broadcast
 from qlora_trainer.report import History
-from qlora_trainer.session import Session, all_gather, broadcast
+from qlora_trainer.session import Session
 
 State = tuple[Mapping[str, Tensor], dict[str, Any]]
 

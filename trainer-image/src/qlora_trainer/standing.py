@@ -7,13 +7,18 @@ generation restores from snapshots and checkpoints as a new process would.
 
 import contextlib
 import os
+import sys
 import time
 from dataclasses import dataclass, replace
 
-from qlora_api.run import ExitCode
-from qlora_trainer.control import WorkerEnv, read_assignment, read_control
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from qlora_api.run import ExitCode, TrainConfig
+from qlora_trainer.control import WorkerEnv, read_assignment, read_control, write_termination
 from qlora_trainer.errors import Fenced, MembersChange, classify
-from qlora_trainer.model import TrainableModel
+from qlora_trainer.loader import PackedModel
+from qlora_trainer.model import TrainableModel, build_model, free_memory, move, obstacles, plan_for
 from qlora_trainer.snapshot import SnapshotSlots
 
 _POLL_SECONDS = 0.02
@@ -26,18 +31,45 @@ class Kept:
     model: TrainableModel | None = None
     snapshots: SnapshotSlots | None = None
 
+    def model_for(
+        self, config: TrainConfig, packed: PackedModel, mesh: DeviceMesh | None, device: torch.device, micro_batch: int
+    ) -> TrainableModel:
+        """The model of the generation before, if it suits, or a new one. Raises BadConfig, BadModel."""
+        plan = plan_for(config, packed.hf_config, mesh, device, micro_batch)
+        model, self.model = self.model, None  # one that breaks on the way is not kept
+        if model is not None and (why := obstacles(model, config, packed, plan)):
+            print(f"the model is built anew: {', '.join(why)}", file=sys.stderr, flush=True)
+            model = None
+            free_memory()
+        self.model = (
+            move(model, config, packed, mesh, plan)
+            if model is not None
+            else build_model(config, packed, mesh, device, micro_batch, plan)
+        )
+        return self.model
+
     def settle(self) -> None:
-        """Wait until no thread changes what is kept; a snapshot that fails now is simply not the newest."""
+        """Wait until no thread and no kernel changes what is kept; raises when the GPU can't go on."""
         if self.snapshots is not None:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # a snapshot that fails now is simply not the newest
                 self.snapshots.wait()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
 
 
-def may_stand(error: BaseException, env: WorkerEnv) -> bool:
-    """Whether this error is of others: they want a change, or have gone and the agent gives out new places."""
-    if isinstance(error, MembersChange):
-        return True
-    return classify(error).exit_code == ExitCode.LOST_PEER and read_control(env.run_dir).assigns
+def stand(error: Exception, env: WorkerEnv, kept: Kept, step: int) -> None:
+    """Stand after this error of one's generation, or raise it: it is one's own, or there is no agent to wait for."""
+    if not isinstance(error, MembersChange):
+        termination = classify(error, env.rank, step)
+        if termination.exit_code != ExitCode.LOST_PEER or not read_control(env.run_dir).assigns:
+            raise error
+        write_termination(env.run_dir, env.local_rank, termination)
+    try:
+        kept.settle()
+    except Exception as broken:
+        raise error from broken
+    print(f"generation {env.generation} is over for rank {env.rank}: {error}", file=sys.stderr, flush=True)
 
 
 def next_place(env: WorkerEnv) -> WorkerEnv:
@@ -48,6 +80,8 @@ def next_place(env: WorkerEnv) -> WorkerEnv:
         if place is not None and place.generation > env.generation:
             names = {"MASTER_ADDR": place.master_addr, "MASTER_PORT": str(place.master_port)}
             os.environ.update(names, RANK=str(place.rank), WORLD_SIZE=str(place.world_size))
-            return replace(env, rank=place.rank, world_size=place.world_size, generation=place.generation)
+            return replace(
+                env, rank=place.rank, world_size=place.world_size, generation=place.generation, init_method="env://"
+            )
         time.sleep(_POLL_SECONDS)
     raise Fenced("the agent is gone while this worker was parked")

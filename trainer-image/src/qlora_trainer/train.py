@@ -19,12 +19,13 @@ from qlora_trainer import faults
 from qlora_trainer.control import WorkerEnv, read_control, read_worker_state, write_termination
 from qlora_trainer.data import MicroBatch, Sequences, collate, cut, num_targets, num_tokens, share
 from qlora_trainer.errors import BadConfig, MembersChange, Stopped, TrainerError, classify
+from qlora_trainer.group import process_group
 from qlora_trainer.progress import Reporter
 from qlora_trainer.publish import find_published, publish
 from qlora_trainer.restore import Position, restore
 from qlora_trainer.samples import SampleSet
-from qlora_trainer.session import Session, make_ready, process_group, set_up
-from qlora_trainer.standing import Kept, may_stand, next_place
+from qlora_trainer.session import Session, make_ready, set_up
+from qlora_trainer.standing import Kept, next_place, stand
 
 ENV_CONFIG = "QLORA_CONFIG"
 _POLL_SECONDS = 0.05  # between looks at the agent that is to end us, or at an upload under way
@@ -95,20 +96,17 @@ def run_worker(config: TrainConfig, env: WorkerEnv, path: Path | None = None) ->
         try:
             return _run_generation(config, env, reporter, kept)
         except Exception as error:
-            if not may_stand(error, env):
-                raise
-            print(f"generation {env.generation} is over for rank {env.rank}: {error}", file=sys.stderr, flush=True)
-        kept.settle()
+            stand(error, env, kept, reporter.step)
         reporter.parked()
         env = next_place(env)
         config = read_config(path) if path else config
 
 
 def _run_generation(config: TrainConfig, env: WorkerEnv, reporter: Reporter, kept: Kept) -> Artifacts:
-    with process_group(env) as mesh:
+    with process_group(env) as group:
         if published := find_published(config, env):
             return reporter.finished(published)
-        session = set_up(config, env, mesh, kept)
+        session = set_up(config, env, group, kept)
         position = restore(session)
         reporter.start(session, position)
         _snapshot(session, position)
@@ -154,6 +152,7 @@ def _step(session: Session, position: Position, reporter: Reporter) -> list[bool
     optimizer.set_flags(*_wishes(session), reporter.save_due(session, position))
     faults.reach("all-reduce", step)
     loss_value, flags = optimizer.all_reduce(divisor)
+    session.group.require_whole()
     reporter.work.take()
     if session.snapshots:
         session.snapshots.wait()  # the state of the step before is safe before it changes
