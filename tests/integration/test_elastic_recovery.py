@@ -7,6 +7,7 @@ goes through the kill grid (tests/chaos/grid.py).
 import os
 import re
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,6 @@ from qlora_api.names import ConditionType
 from qlora_operator.settings import Settings
 
 SECONDS = 120.0
-ROOT = Path(__file__).parents[2]
 LINE = re.compile(r"^([\d.]+) rank (\d+)/(\d+) generation (\d+) step (\d+)$", re.MULTILINE)
 
 
@@ -71,7 +71,7 @@ def cluster(folder: Path) -> Iterator[LocalCluster]:
         "QLORA_WARM_UP": "tests.chaos.toy:warm",
         "QLORA_FLUSH": "tests.chaos.toy:flush",
         "TOY_STEPS": "100000",
-        "PYTHONPATH": os.environ.get("PYTHONPATH", "") + ":" + str(ROOT),
+        "PYTHONPATH": os.pathsep.join(sys.path),
     }
     settings = Settings(
         trainer_image="none",

@@ -2,6 +2,8 @@
 around the real reconciler, faults scripted."""
 
 import json
+import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,6 @@ from tests.chaos.local import LocalCluster
 from qlora_operator.settings import Settings
 
 SECONDS = 120.0
-ROOT = Path(__file__).parents[2]
 
 
 class Stage:
@@ -31,7 +32,7 @@ class Stage:
             "QLORA_CACHE_DIR": str(folder / "cache"),
             "QLORA_FAULTS": str(folder / "faults"),
             "CHAOS_OUTPUT": f"file://{folder}/bucket",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(sys.path),
         }
         timing = {"start_wait_seconds": 60.0, **settings}
         made = Settings(trainer_image="none", coordinator_url="http://none", **timing)  # type: ignore[arg-type]
