@@ -33,6 +33,9 @@ def flush() -> None:
 def main() -> int:
     """Exit code as the real worker's."""
     env = WorkerEnv.of_environment()
+    if env.generation == 0:  # nothing to rehearse
+        write_worker_state(env.run_dir, env.local_rank, WorkerState(phase=Phase.PARKED, pid=os.getpid()))
+        env = next_place(env)
     while True:
         try:
             _count(env)

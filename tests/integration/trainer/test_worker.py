@@ -136,18 +136,21 @@ def test_a_survivor_goes_alone_and_takes_a_newcomer_in(make_world: MakeWorld, st
     give(Control(generation=1, assigns=True))
     world.processes[1].kill()
     wait_for(lambda: world.state(0).phase == Phase.PARKED)
+    newcomer_env = replace(world.env(1), generation=0)
+    control.clear_worker_files(newcomer_env.run_dir)
+    control.write_control(newcomer_env.run_dir, Control(assigns=True))
+    newcomer = world.context.Process(target=work, args=(world.config, newcomer_env), daemon=True)
+    newcomer.start()
+    wait_for(lambda: world.state(1) and world.state(1).phase == Phase.PARKED)  # it has rehearsed
     place(env, generation=2, world_size=1, port=1)
-    give(Control(generation=2, prepare=3, assigns=True))  # one step alone, and the newcomer is there
+    give(Control(generation=2, prepare=3, assigns=True))  # one step alone
     wait_for(lambda: (world.state(0).phase, world.state(0).generation) == (Phase.PARKED, 2))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    meeting = {"rank": 1, "world_size": 2, "generation": 3, "init_method": f"tcp://127.0.0.1:{port}"}
-    newcomer = world.context.Process(target=work, args=(world.config, replace(world.env(1), **meeting)), daemon=True)
-    control.write_control(world.env(1).run_dir, Control(generation=3))
-    newcomer.start()
-    place(env, generation=3, world_size=2, port=port)
-    give(Control(generation=3, assigns=True))
+    for member, rank in ((newcomer_env, 1), (env, 0)):
+        place(member, generation=3, rank=rank, world_size=2, port=port)
+        control.write_control(member.run_dir, Control(generation=3, assigns=True))
     world.processes = [survivor, newcomer]
     assert world.wait() == [ExitCode.OK, ExitCode.OK]
     assert order(world) == order(straight)
@@ -156,9 +159,11 @@ def test_a_survivor_goes_alone_and_takes_a_newcomer_in(make_world: MakeWorld, st
         torch.testing.assert_close(world.adapter()[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def place(env: Any, generation: int, world_size: int, port: int) -> None:
-    """As the agent gives it to the first worker."""
-    given = Assignment(generation=generation, rank=0, world_size=world_size, master_addr="127.0.0.1", master_port=port)
+def place(env: Any, generation: int, world_size: int, port: int, rank: int = 0) -> None:
+    """As the agent gives it to the first worker of a pod."""
+    given = Assignment(
+        generation=generation, rank=rank, world_size=world_size, master_addr="127.0.0.1", master_port=port
+    )
     control.write_assignment(env.run_dir, 0, given)
 
 

@@ -123,10 +123,15 @@ class Board:
             self.changed.notify_all()
         self.hurry()
 
+    @property
+    def gives_places(self) -> bool:
+        return self._assigns
+
     def give_places(self, can_abandon: bool) -> None:
         """Workers that stand go on in the next generation; `can_abandon`: also those that a lost peer holds up."""
         with self.changed:
             self._assigns, self._abandon_for = True, LEAVE_SECONDS if can_abandon else 0.0
+            self._tell_workers()
 
     def set_snapshot_step(self, step: int | None) -> None:
         """What the memory tier holds before this agent's first worker."""
@@ -181,6 +186,8 @@ class Board:
             if worker.generation != self.joined:
                 return
             self._phases[local_rank] = worker.phase
+            if self.joined == 0:
+                return  # no member yet: a rehearsal is nobody's progress
             if METRIC_STEP_WORK in worker.metrics:
                 self._work_seconds[local_rank] = worker.metrics[METRIC_STEP_WORK]
             if local_rank != 0:
@@ -205,6 +212,8 @@ class Board:
             at_rest = all(phase in (Phase.PARKED, Phase.FINISHED) for phase in phases)
             if one_parked and at_rest:
                 return True  # perhaps another member wanted it; the coordinator will tell why
+            if self.joined == 0:
+                return False  # they rehearse
             if not (one_parked or self._wants_park()):
                 return False
             if self._wanted_since is None:

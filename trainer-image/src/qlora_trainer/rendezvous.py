@@ -42,6 +42,7 @@ class QloraRendezvous(RendezvousHandler):
     def __init__(self, board: Board, run_id: str, num_workers: int) -> None:
         self._board, self._run_id, self._num_workers = board, run_id, num_workers
         self._store: TCPStore | None = None
+        self._rehearsed = False
 
     @property
     def use_agent_store(self) -> bool:
@@ -55,8 +56,12 @@ class QloraRendezvous(RendezvousHandler):
         return self._run_id
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Stand until a generation with this pod is published and its store answers."""
+        """Stand until a generation with this pod is published and its store answers. Generation 0 is the pod's own."""
         self._store = None  # the store of the generation before goes with its last reference
+        if self._board.gives_places and not self._board.joined and not self._rehearsed:
+            self._rehearsed = True
+            self._store = TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
+            return RendezvousInfo(self._store, 0, 1, RendezvousStoreInfo("127.0.0.1", self._store.port))
         started = time.monotonic()
         while True:
             self._board.set_state(AgentState.READY)

@@ -4,7 +4,6 @@ Rules: what can be refused is refused before anything expensive; nothing here de
 sharding of the base; the order of set-up is the order of the functions.
 """
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from qlora_trainer.data import BatchPlan, Sequences, build_sequences, hold_out
 from qlora_trainer.errors import BadConfig
 from qlora_trainer.group import Group, broadcast, device_of, gloo_group
 from qlora_trainer.loader import PackedModel, ensure_packed
-from qlora_trainer.model import TrainableModel, smallest_gpu
+from qlora_trainer.model import TrainableModel, plan_for, smallest_gpu
 from qlora_trainer.optim import Optimizer
 from qlora_trainer.samples import SampleSet, ensure_samples
 from qlora_trainer.snapshot import SnapshotSlots
@@ -134,6 +133,14 @@ def micro_batch_size(config: TrainConfig, hf_config: Any, gpu_bytes: int) -> int
         raise BadConfig(str(error)) from error
 
 
+def fits_alone(config: TrainConfig, env: WorkerEnv) -> bool:
+    """Whether one device takes the whole base."""
+    hf_config, device = prepare(config, env).packed.hf_config, device_of(env)
+    micro_batch = micro_batch_size(config, hf_config, smallest_gpu(None, device))
+    plan = plan_for(config, hf_config, None, device, micro_batch)
+    return plan.fits and not plan.cpu_offload
+
+
 def set_up(config: TrainConfig, env: WorkerEnv, group: Group, kept: Kept) -> Session:
     """All parts, the base verified byte by byte; `kept` of an earlier generation is used and filled. Raises theirs."""
     prepared = prepare(config, env)
@@ -142,8 +149,6 @@ def set_up(config: TrainConfig, env: WorkerEnv, group: Group, kept: Kept) -> Ses
     micro_batch = broadcast(micro_batch, 0, env)  # elasticPolicy may just have changed for some of the members
     data = replace(prepared.data, plan=replace(prepared.data.plan, micro_batch_size=micro_batch))
     model = kept.model_for(config, prepared.packed, group.mesh, device, micro_batch)
-    if env.rank == 0:
-        print(f"memory plan: {model.plan.summary()} {model.plan.advice()}".rstrip(), file=sys.stderr, flush=True)
     model.verify()
     optimizer = Optimizer(config, model.adapter, env.world_size)
     store, layout = open_output(config, env)

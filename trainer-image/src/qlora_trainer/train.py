@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from qlora_trainer.progress import Reporter
 from qlora_trainer.publish import find_published, publish
 from qlora_trainer.restore import Position, restore
 from qlora_trainer.samples import SampleSet
-from qlora_trainer.session import Session, make_ready, set_up
+from qlora_trainer.session import Session, fits_alone, make_ready, set_up
 from qlora_trainer.standing import Kept, next_place, stand
 
 ENV_CONFIG = "QLORA_CONFIG"
@@ -94,7 +95,9 @@ def run_worker(config: TrainConfig, env: WorkerEnv, path: Path | None = None) ->
     while True:
         reporter = Reporter(env)
         try:
-            return _run_generation(config, env, reporter, kept)
+            if env.generation or not read_control(env.run_dir).assigns:
+                return _run_generation(config, env, reporter, kept)
+            _rehearse(config, env, kept)
         except Exception as error:
             stand(error, env, kept, reporter.step)
         reporter.parked()
@@ -102,11 +105,30 @@ def run_worker(config: TrainConfig, env: WorkerEnv, path: Path | None = None) ->
         config = read_config(path) if path else config
 
 
+def _rehearse(config: TrainConfig, env: WorkerEnv, kept: Kept) -> None:
+    """Generation 0, before the pod is let in, while nobody waits for it: all that the first step needs, tried once.
+
+    Where the base does not fit on one device it is left to the first generation.
+    """
+    alone = replace(env, rank=0, world_size=1)
+    if not fits_alone(config, alone):
+        return
+    with process_group(alone) as group:
+        session = set_up(config, alone, group, kept)
+    data, training = session.data, config.spec.training
+    arrays = collate(data.plan.global_batch(0)[0], data.sequences, data.samples, data.pad_id, training.max_length)
+    ids, labels, positions = map(torch.from_numpy, (arrays.input_ids, arrays.labels, arrays.position_ids))
+    session.model.loss(ids, labels, positions, 1).backward()
+
+
 def _run_generation(config: TrainConfig, env: WorkerEnv, reporter: Reporter, kept: Kept) -> Artifacts:
     with process_group(env) as group:
         if published := find_published(config, env):
             return reporter.finished(published)
         session = set_up(config, env, group, kept)
+        if session.is_first:
+            plan = session.model.plan
+            print(f"memory plan: {plan.summary()} {plan.advice()}".rstrip(), file=sys.stderr, flush=True)
         position = restore(session)
         reporter.start(session, position)
         _snapshot(session, position)
