@@ -1,18 +1,24 @@
-"""How long a run of 8B's shape on two GPUs stands still: a worker killed and started again, and a save.
+"""How long a run of 8B's shape on two GPUs stands still: a worker lost, one that comes back, and a save.
 
 Real workers (qlora_trainer.train), forked from the warm server as an agent forks them, on a model of random weights,
 with snapshots in memory and checkpoints in a folder. `gpu_recovery.py MODEL FOLDER OUT` appends a line of JSON to OUT;
-`--device cpu` runs the same on the tiny shape. The clock of `restart_s` starts at the SIGKILL and ends with the first
-new optimizer step; the parts of a worker's start are in its log.
+`--device cpu` runs the same on the tiny shape. The parts of a worker's start are in its log.
+
+* `restart_s`: from the SIGKILL of one worker to the first new optimizer step, both started anew.
+* `in_process_s`: from the moment the agent says that the collectives will not end to the first step that the other
+  one, alone, does in its process.
+* `grow_pause_s`: from its last step alone to the first with a newcomer that has rehearsed.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +26,7 @@ from gpu_shapes import words_tokenizer
 from tests.worlds import PRELOAD, World, make_config
 
 from qlora_api.run import TrainConfig
-from qlora_trainer.control import WorkerEnv
+from qlora_trainer.control import Assignment, Control, Phase, WorkerEnv, write_assignment, write_control
 
 LENGTH, NUM_SAMPLES = 2048, 128
 WARM_STEPS = 12  # before the kill: two checkpoints are done by then
@@ -31,7 +37,7 @@ LIMIT = 150.0  # seconds for anything
 
 def timed_work(config: TrainConfig, env: WorkerEnv) -> None:
     """A worker that says when it has done what."""
-    from qlora_trainer import loader, model, session, sharding, train
+    from qlora_trainer import group, loader, model, session, sharding, standing, train
 
     begun = time.time()
 
@@ -46,8 +52,9 @@ def timed_work(config: TrainConfig, env: WorkerEnv) -> None:
         return call
 
     for module, name in (
-        (session, "_join"), (session, "prepare"), (session, "load_tokenizer"), (session, "ensure_samples"),
-        (session, "ensure_packed"), (session, "ensure_model"), (session, "build_model"), (model, "build_skeleton"),
+        (group, "_join"), (group, "_break_off"), (standing, "move"),
+        (session, "prepare"), (session, "load_tokenizer"), (session, "ensure_samples"),
+        (session, "ensure_packed"), (session, "ensure_model"), (standing, "build_model"), (model, "build_skeleton"),
         (model, "plan_for"), (model, "Adapter"), (model, "place_base"), (sharding, "open_peers"),
         (loader.PackedModel, "load_layers"), (loader.PackedModel, "read_rest"), (model.TrainableModel, "verify"),
         (train, "set_up"), (train, "restore"), (train, "_step"), (train, "_save"), (train, "_snapshot"),
@@ -130,6 +137,71 @@ def measure(world: World) -> dict[str, Any]:
     return result | saves | {"bare_step_s": state.metrics["step_seconds"]}
 
 
+def measure_in_process(world: World) -> dict[str, Any]:
+    """One of two workers is lost, the other goes on in its process; then a newcomer is let in. Plays their agents."""
+    (world.root / BARE).unlink(missing_ok=True)
+    world.start([0, 1])
+    tell(world, world.generation)
+    wait_for(world, max(step_of(world), 0) + 1)
+    wait_for(world, step_of(world) + WARM_STEPS)
+    done, survivor = step_of(world), world.processes[0]
+    world.processes[1].kill()
+    world.processes = [survivor]
+    begun = time.monotonic()
+    tell(world, world.generation, prepare=world.generation + 1, abandon=True)
+    until(lambda: has_parked(world, 0), "the survivor to park")
+    parked = time.monotonic() - begun
+    place(world, [0])
+    wait_for(world, done + 1)
+    result = {"in_process_s": round(time.monotonic() - begun, 2), "in_process_park_s": round(parked, 2)}
+    newcomer = world.context.Process(target=timed_work, args=(world.config, replace(world.env(1), generation=0)))
+    newcomer.daemon = True
+    tell(world, 0)  # the newcomer is no member yet
+    newcomer.start()
+    until(lambda: has_parked(world, 1), "the newcomer to rehearse")
+    tell(world, world.generation, prepare=world.generation + 1)
+    until(lambda: has_parked(world, 0), "a step boundary")
+    begun, done = time.monotonic(), step_of(world)
+    world.processes = [survivor, newcomer]
+    place(world, [0, 1])
+    wait_for(world, done + 1)
+    result["grow_pause_s"] = round(time.monotonic() - begun, 2)
+    wait_for(world, done + WARM_STEPS)
+    world.kill()
+    return result
+
+
+def tell(world: World, generation: int, prepare: int = 0, abandon: bool = False) -> None:
+    """As the pod's agent."""
+    told = Control(generation=generation, prepare=prepare, abandon=abandon, assigns=True)
+    write_control(world.env(0).run_dir, told)
+
+
+def place(world: World, pods: list[int]) -> None:
+    """These workers, who stand, are the next generation."""
+    world.generation += 1
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    tell(world, world.generation)
+    for rank, pod in enumerate(pods):
+        where = {"rank": rank, "world_size": len(pods), "master_addr": "127.0.0.1", "master_port": port}
+        write_assignment(world.env(pod).run_dir, pod, Assignment(generation=world.generation, **where))
+
+
+def has_parked(world: World, pod: int) -> bool:
+    state = world.state(pod)
+    return state is not None and state.phase == Phase.PARKED
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + LIMIT
+    while not condition():
+        if time.monotonic() > end:
+            raise SystemExit(f"{what} did not happen within {LIMIT} s")
+        time.sleep(0.005)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
@@ -138,7 +210,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    result = measure(make_world(options.model, options.folder, options.device))
+    world = make_world(options.model, options.folder, options.device)
+    result = measure(world) | measure_in_process(world)
     with options.out.open("a") as out:
         out.write(json.dumps(result) + "\n")
 

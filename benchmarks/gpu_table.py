@@ -57,6 +57,8 @@ def figures(results: dict[str, dict[str, Any]]) -> list[Figure]:
     add("load_seconds_cached", "load_warm", "load_s", "s")
     add("start_seconds", "load_warm", "start_s", "s", "fsdp1")
     add("recovery_restart", "recovery", "restart_s", "s")
+    add("recovery_in_process", "recovery", "in_process_s", "s")
+    add("grow_pause", "recovery", "grow_pause_s", "s")
     add("save_stall", "recovery", "save_stall_s", "ms", scale=1000)
     add("save_durable", "recovery", "save_durable_s", "s")
     return rows

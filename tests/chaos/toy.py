@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,10 +11,18 @@ import torch.distributed as dist
 from qlora_api.run import Command, ExitCode
 from qlora_api.status import Artifacts, Progress
 from qlora_trainer import faults
-from qlora_trainer.control import Phase, WorkerEnv, WorkerState, read_control, write_worker_state
-from qlora_trainer.errors import MembersChange
+from qlora_trainer.control import (
+    Phase,
+    WorkerEnv,
+    WorkerState,
+    read_control,
+    read_worker_state,
+    write_worker_state,
+)
+from qlora_trainer.errors import MembersChange, classify
+from qlora_trainer.group import process_group
 from qlora_trainer.snapshot import SnapshotSlots
-from qlora_trainer.standing import next_place
+from qlora_trainer.standing import Kept, next_place, stand
 
 STEPS = int(os.environ.get("TOY_STEPS", "400"))
 STEP_SECONDS = float(os.environ.get("TOY_STEP_SECONDS", "0.05"))
@@ -31,25 +39,39 @@ def flush() -> None:
 
 
 def main() -> int:
-    """Exit code as the real worker's."""
+    """Exit code as the real worker's; between two generations it stands as the real one does."""
     env = WorkerEnv.of_environment()
     if env.generation == 0:  # nothing to rehearse
         write_worker_state(env.run_dir, env.local_rank, WorkerState(phase=Phase.PARKED, pid=os.getpid()))
         env = next_place(env)
+    kept = Kept(snapshots=SnapshotSlots(env.run_dir))
     while True:
+        write_worker_state(env.run_dir, env.local_rank, WorkerState(generation=env.generation, pid=os.getpid()))
         try:
-            _count(env)
+            with process_group(env):
+                _count(env, kept)
             return ExitCode.OK
-        except MembersChange:
+        except (MembersChange, RuntimeError) as error:
+            told = read_worker_state(env.run_dir, env.local_rank)
+            assert told is not None
+            try:
+                stand(error, env, kept, told.phase == Phase.TRAINING, told.progress.step)
+            except RuntimeError:
+                print(error, flush=True)
+                return classify(error).exit_code
+            write_worker_state(env.run_dir, env.local_rank, told.model_copy(update={"phase": Phase.PARKED}))
             env = next_place(env)
-        except RuntimeError as error:  # a collective broke
-            print(error, flush=True)
-            return ExitCode.LOST_PEER
 
 
-def _count(env: WorkerEnv) -> None:
+def _all_reduce(tensor: torch.Tensor, env: WorkerEnv, op: Any = dist.ReduceOp.SUM) -> None:
+    if env.world_size > 1:
+        dist.all_reduce(tensor, op=op)
+
+
+def _count(env: WorkerEnv, kept: Kept) -> None:
     """Counts steps together with its peers."""
-    slots = SnapshotSlots(env.run_dir)
+    slots = kept.snapshots
+    assert slots is not None
     newest = slots.newest()
     start = torch.tensor([newest.step if newest else 0])
 
@@ -65,27 +87,23 @@ def _count(env: WorkerEnv) -> None:
         )
         write_worker_state(env.run_dir, env.local_rank, told)
 
-    tell(Phase.STARTING, int(start))
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
-    dist.all_reduce(start, op=dist.ReduceOp.MAX)
+    _all_reduce(start, env, dist.ReduceOp.MAX)
     state = torch.full((1000,), float(start))
     tell(Phase.TRAINING, step := int(start))
     while step < STEPS:
         control = read_control(env.run_dir)
         flag = torch.tensor([float(control.prepare > env.generation), float(control.command == Command.STOP)])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        _all_reduce(flag, env, dist.ReduceOp.MAX)
         if flag[1]:
             sys.exit(ExitCode.STOPPED)
         if flag[0]:
             slots.wait()
-            dist.destroy_process_group()
-            tell(Phase.PARKED, step)
-            raise MembersChange
+            raise MembersChange(f"after step {step}")
         faults.reach("forward", step + 1)
         time.sleep(STEP_SECONDS)
         faults.reach("all-reduce", step + 1)
         ones = torch.ones(1000)
-        dist.all_reduce(ones)
+        _all_reduce(ones, env)
         assert int(ones[0]) == env.world_size
         slots.wait()
         faults.reach("optimizer", step + 1)
@@ -95,6 +113,6 @@ def _count(env: WorkerEnv) -> None:
         tell(Phase.TRAINING, step)
         print(f"{time.time():.3f} rank {env.rank}/{env.world_size} generation {env.generation} step {step}", flush=True)
     slots.wait()
-    dist.barrier()
+    _all_reduce(torch.ones(1), env)  # nobody says that it has finished before all have
     found = Artifacts(adapter_uri="file:///a", manifest_uri="file:///m", adapter_bytes=1, adapter_sha256="0" * 64)
     tell(Phase.FINISHED, step, found)

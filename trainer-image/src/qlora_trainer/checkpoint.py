@@ -9,9 +9,10 @@ The key carries the generation and the manifest is written with If-None-Match: w
 import json
 import shutil
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import UTC, datetime
@@ -119,7 +120,6 @@ class CheckpointWriter:
 
     def __init__(self, store: ObjectStore, keep: int, mesh: DeviceMesh | None, group: Any = None) -> None:
         self._store, self._keep, self._mesh, self._group = store, keep, mesh, group
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: tuple[Manifest, Future[None]] | None = None
         self._pinned: dict[str, Tensor] = {}  # what comes from a GPU, kept: new memory would cost more than the copies
         self.newest: CheckpointStatus | None = None  # of this writer: all ranks know the same
@@ -142,7 +142,7 @@ class CheckpointWriter:
         parts = {name: _part(tensor, self._mesh) for name, tensor in state.items()}
         on_gpu = next((part.device for part in parts.values() if part.is_cuda), None)
         copied = torch.cuda.current_stream(on_gpu).record_event() if on_gpu else None
-        self._pending = (manifest, self._thread.submit(self._write, manifest, parts, on_gpu, copied, time.monotonic()))
+        self._pending = (manifest, _in_daemon(self._write, manifest, parts, on_gpu, copied, time.monotonic()))
 
     def _write(
         self,
@@ -197,6 +197,21 @@ class CheckpointWriter:
         """Wait for the save under way; raises StorageError when it failed."""
         if error := self.collect(wait=True):
             raise error
+
+
+def _in_daemon(job: Callable[..., None], *args: Any) -> "Future[None]":
+    """As an executor's submit, but the process may end without it: it may wait long for a rank that is gone."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            job(*args)
+            future.set_result(None)
+        except BaseException as error:  # as an executor does; torch's CheckpointException is no Exception
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
 
 
 def _is_sliced(shape: list[int] | torch.Size) -> bool:

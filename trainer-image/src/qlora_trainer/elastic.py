@@ -8,6 +8,7 @@ hang or have failed, and are ended by SIGKILL.
 
 import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -63,17 +64,20 @@ class NodeAgent(LocalElasticAgent):
         self._num_oom_kills = num_oom_kills()
         self._standing = False  # the workers wait for a place in the next generation
         self._assigned_at: float | None = None  # they were given one, and have not said a word since
-        if os.environ.get(ENV_STAND, "0" if has_gpu() else "1") != "0":
+        self._processes: list[Any] = []  # when all lived
+        self._first_dead: set[int] = set()  # local ranks that ended before their siblings were ended for it
+        self._stands = os.environ.get(ENV_STAND, "0" if has_gpu() else "1") != "0"
+        if self._stands:
             board.give_places(can_abandon=has_gpu())
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         clear_worker_files(self._run_dir)
         if self._standing and self._all_alive():
-            self._standing, self._assigned_at = False, time.monotonic()
+            self._standing, self._assigned_at, self._first_dead = False, time.monotonic(), set()
             return self._assign(worker_group)
         for pump in self._pumps:
             pump.clear()
-        self._num_oom_kills = num_oom_kills()
+        self._num_oom_kills, self._first_dead = num_oom_kills(), set()
         self._end_workers(worker_group)  # those that stood and did not live to go on
         ids: dict[int, Any] = super()._start_workers(worker_group)
         return ids
@@ -97,7 +101,7 @@ class NodeAgent(LocalElasticAgent):
         return len(multiprocessing.active_children()) == self._worker_group.spec.local_world_size
 
     def _all_parked(self) -> bool:
-        """Out of their group, waiting for another place."""
+        """All alive, out of their group, waiting for another place."""
         states = [read_worker_state(self._run_dir, rank) for rank in range(self._worker_group.spec.local_world_size)]
         return self._all_alive() and all(
             state is not None and (state.phase, state.generation) == (Phase.PARKED, self._board.joined)
@@ -107,9 +111,13 @@ class NodeAgent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """As the parent, but one worker's end ends its siblings at once: they hang in a collective."""
         alive = multiprocessing.active_children()
-        if 0 < len(alive) < worker_group.spec.local_world_size:
+        if len(alive) == worker_group.spec.local_world_size:
+            self._processes = alive
+        elif alive and self._pcontext is not None:
+            living = {process.pid for process in alive}
+            self._first_dead = {rank for rank, pid in self._pcontext.pids().items() if pid not in living}
             _kill(alive)
-        elif self._assigned_at is not None:
+        if self._assigned_at is not None:
             self._await_takers(alive)
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
@@ -118,7 +126,7 @@ class NodeAgent(LocalElasticAgent):
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         """Parked workers stay for the next generation; whatever else they do, it is not what was wanted of them."""
-        self._standing = not self._board.stopping and self._all_parked()
+        self._standing = self._stands and not self._board.stopping and self._all_parked()
         if not self._standing:
             self._end_workers(worker_group)
             return
@@ -130,6 +138,11 @@ class NodeAgent(LocalElasticAgent):
         self._standing, self._assigned_at = False, None
         _kill(multiprocessing.active_children())
         super()._stop_workers(worker_group)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        """As the parent, which would wait `timeout` seconds for a worker that stands still."""
+        _kill(multiprocessing.active_children())
+        super()._shutdown(death_sig, timeout)
 
     def _await_takers(self, alive: list[Any]) -> None:
         """Workers that don't take their places in time are replaced by new ones; nobody is to blame."""
@@ -146,28 +159,35 @@ class NodeAgent(LocalElasticAgent):
 
     def _explain(self, result: RunResult) -> None:
         """Report why the workers ended; a stop that was asked for needs no explanation."""
+        if self._board.stopping:
+            return
         endings = []
-        for rank, failure in result.failures.items():
-            pump = self._pumps[failure.local_rank]
-            termination = read_termination(self._run_dir, failure.local_rank)
-            endings.append(termination or self._of_exit_code(failure.exitcode, rank, pump))
-        if not endings or self._board.stopping:
+        for local_rank in sorted(self._first_dead or {failure.local_rank for failure in result.failures.values()}):
+            endings.append(read_termination(self._run_dir, local_rank) or self._of_exit_code(local_rank, result))
+        if not endings:
             return
         cause = min(endings, key=lambda ending: ending.exit_code == ExitCode.LOST_PEER)
         self._board.set_state(AgentState.FAILED, cause)
 
-    def _of_exit_code(self, exit_code: int, rank: int, pump: OutputPump) -> Termination:
-        oom = num_oom_kills() > self._num_oom_kills
-        code, reason, message = killed(exit_code, oom)
+    def _of_exit_code(self, local_rank: int, result: RunResult) -> Termination:
+        """Of a worker that ended without a word."""
+        code, reason, message = killed(self._exit_code(local_rank, result), num_oom_kills() > self._num_oom_kills)
         worker = self._board.worker
         return Termination(
             exit_code=code,
             reason=reason,
             message=message,
-            rank=rank,
+            rank=self._worker_group.workers[local_rank].global_rank,
             step=worker.progress.step if worker else 0,
-            log_tail=pump.tail()[-3000:],
+            log_tail=self._pumps[local_rank].tail()[-3000:],
         )
+
+    def _exit_code(self, local_rank: int, result: RunResult) -> int:
+        """torch tells of one failure, which may be a sibling that was ended here; the processes know their own."""
+        pid = self._pcontext.pids().get(local_rank) if self._pcontext is not None else None
+        own = [process.exitcode for process in self._processes if process.pid == pid]
+        told = [failure.exitcode for failure in result.failures.values() if failure.local_rank == local_rank]
+        return int(next((code for code in own + told if code is not None), ExitCode.INTERNAL))
 
 
 def _kill(processes: list[Any]) -> None:

@@ -2,11 +2,13 @@
 
 Rules: who leaves at a step boundary leaves with all others (MembersChange); after any other error nobody is waited for.
 NCCL waits for a lost peer for ever: there a thread breaks the group off when the agent says that its collectives will
-not end, and what they left on the GPU never counts. No name of a group comes back in a later generation.
+not end. What they left on the GPU never counts: between the wait for a collective and whatever is kept of its result
+(an optimizer step, a snapshot) stands `require_whole`. No name of a members' group comes back in a later generation.
 """
 
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -60,12 +62,13 @@ def process_group(env: WorkerEnv) -> Iterator[Group]:
         raise
     finally:
         if dist.is_initialized():
-            leave()
+            _leave(leave)
 
 
 def _join(env: WorkerEnv) -> DeviceMesh:
     faults.reach("rendezvous")
-    # names are counted; symmetric memory remembers them with their stores for the life of the process
+    # Groups are named by this counter (torch 2.11 to 2.15), and symmetric memory remembers names with their stores for
+    # the life of the process; all members set the same.
     dist.distributed_c10d._world.group_count = env.generation * _NAMES
     dist.init_process_group(
         backend_of(env.device_type),
@@ -82,8 +85,17 @@ def _break_off() -> None:
     """Leave without the others: they may be gone, and threads of this process may hang in what they have in common."""
     try:
         dist.distributed_c10d._abort_process_group()
-    except RuntimeError:  # a backend that can't
-        dist.destroy_process_group()
+    except (RuntimeError, ValueError):  # a backend that can't, or the watching thread was first
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _leave(how: Callable[[], None]) -> None:
+    """What goes wrong on the way out must not hide why one leaves; a group that stays lets the next join fail."""
+    try:
+        how()
+    except (RuntimeError, ValueError) as error:
+        print(f"the process group was not left in order: {error}", file=sys.stderr, flush=True)
 
 
 @contextmanager

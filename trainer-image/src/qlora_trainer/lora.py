@@ -188,6 +188,8 @@ class Adapter:
         """As before the first step (without DoRA, whose magnitudes are measured)."""
         self.master.zero_()
         self.reduced.zero_()
+        for group in self.groups:
+            group.pending = None
         self._initialize(seed)
         self.refresh()
 

@@ -47,6 +47,11 @@ class Reporter:
         self._write()
 
     @property
+    def has_trained(self) -> bool:
+        """Whether this generation got through its start."""
+        return self._state.phase != Phase.STARTING
+
+    @property
     def step(self) -> int:
         """The last one that was told."""
         return self._state.progress.step

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -101,4 +102,7 @@ def _share(session: Session, source: int, num_updates: int) -> None:
     if session.env.world_size > 1:
         for tensor in live.values():
             dist.broadcast(tensor, src=source)
+        if session.device.type == "cuda":
+            torch.cuda.synchronize(session.device)
+        session.group.require_whole()  # before anything can take it for a state of this generation
     session.optimizer.load_state(live, num_updates)

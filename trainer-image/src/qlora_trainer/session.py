@@ -1,4 +1,4 @@
-"""Everything a worker needs before its first step: group, sources, samples, model, optimizer, stores.
+"""Everything a worker needs before its first step: sources, samples, model, optimizer, stores.
 
 Rules: what can be refused is refused before anything expensive; nothing here depends on the world size except the
 sharding of the base; the order of set-up is the order of the functions.

@@ -58,11 +58,15 @@ class Kept:
             torch.cuda.reset_peak_memory_stats()
 
 
-def stand(error: Exception, env: WorkerEnv, kept: Kept, step: int) -> None:
-    """Stand after this error of one's generation, or raise it: it is one's own, or there is no agent to wait for."""
+def stand(error: Exception, env: WorkerEnv, kept: Kept, trained: bool, step: int) -> None:
+    """Stand after this error of one's generation, or raise it: it is one's own, or there is no agent to wait for.
+
+    A worker that did not get as far as to train ends: what is wrong may be in its process.
+    """
     if not isinstance(error, MembersChange):
         termination = classify(error, env.rank, step)
-        if termination.exit_code != ExitCode.LOST_PEER or not read_control(env.run_dir).assigns:
+        is_others = termination.exit_code == ExitCode.LOST_PEER
+        if not (is_others and trained and read_control(env.run_dir).assigns):
             raise error
         write_termination(env.run_dir, env.local_rank, termination)
     try:

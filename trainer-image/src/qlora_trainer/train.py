@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -99,7 +100,7 @@ def run_worker(config: TrainConfig, env: WorkerEnv, path: Path | None = None) ->
                 return _run_generation(config, env, reporter, kept)
             _rehearse(config, env, kept)
         except Exception as error:
-            stand(error, env, kept, reporter.step)
+            stand(error, env, kept, reporter.has_trained, reporter.step)
         reporter.parked()
         env = next_place(env)
         config = read_config(path) if path else config
@@ -262,7 +263,7 @@ def _save(session: Session, position: Position, reporter: Reporter) -> None:
     reporter.save_started(position.step, time.monotonic() - started)
 
 
-def _park(session: Session, position: Position, reporter: Reporter, stop: bool) -> None:
+def _park(session: Session, position: Position, reporter: Reporter, stop: bool) -> NoReturn:
     """Stand still at a step boundary with everything saved; never returns."""
     if session.snapshots:
         session.snapshots.wait()

@@ -1,0 +1,74 @@
+"""What becomes of a pod's workers between two generations, and which of several ends is told."""
+
+import multiprocessing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
+
+from qlora_api.run import ExitCode, Termination
+from qlora_trainer import elastic
+from qlora_trainer.board import Board
+from qlora_trainer.control import read_control, write_termination
+from qlora_trainer.elastic import NodeAgent
+from qlora_trainer.rendezvous import QloraRendezvous
+
+
+def make_agent(run_dir: Path, num_workers: int = 1) -> NodeAgent:
+    board = Board(run_dir, "10.0.0.1", "1")
+    pump = SimpleNamespace(tail=lambda: "the last lines", clear=lambda: None)
+    handler = QloraRendezvous(board, "r", num_workers)
+    agent = NodeAgent(board, handler, run_dir, num_workers, [pump] * num_workers)  # type: ignore[list-item]
+    agent._pcontext = SimpleNamespace(pids=lambda: {rank: 100 + rank for rank in range(num_workers)})  # type: ignore[assignment]
+    return agent
+
+
+@pytest.mark.parametrize(("stands", "given"), [("1", True), ("0", False)])
+def test_workers_stand_only_where_the_agent_gives_out_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stands: str, given: bool
+) -> None:
+    monkeypatch.setenv(elastic.ENV_STAND, stands)
+    agent = make_agent(tmp_path)
+    ended: list[Any] = []
+    monkeypatch.setattr(agent, "_all_parked", lambda: True)
+    monkeypatch.setattr(agent, "_end_workers", ended.append)
+    agent._stop_workers(agent._worker_group)
+    assert read_control(tmp_path).assigns == agent._standing == given
+    assert bool(ended) != given
+
+
+def process(pid: int, exit_code: int | None) -> Any:
+    return SimpleNamespace(pid=pid, exitcode=exit_code, kill=lambda: None, join=lambda seconds: None)
+
+
+@pytest.mark.parametrize(
+    ("said", "exit_code", "reason"),
+    [
+        ({0: ExitCode.LOST_PEER, 1: ExitCode.CORRUPT_BASE}, 76, "CorruptBase"),
+        ({0: ExitCode.LOST_PEER}, -9, "WorkerFailed"),
+        ({1: ExitCode.LOST_PEER}, 79, "LostPeer"),
+    ],
+    ids=["in its own words", "killed", "innocent, too"],
+)
+def test_the_worker_that_ended_first_is_to_blame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[int, ExitCode], exit_code: int, reason: str
+) -> None:
+    """Its sibling, parked or in a collective, is ended by the agent, and torch tells of that one only."""
+    agent = make_agent(tmp_path, num_workers=2)
+    reasons = {ExitCode.LOST_PEER: "LostPeer", ExitCode.CORRUPT_BASE: "CorruptBase"}
+    for rank, code in said.items():
+        write_termination(tmp_path, rank, Termination(exit_code=code, reason=reasons[code]))
+    both = [process(100, None), process(101, None)]
+    left = [both[0]]
+    told = RunResult(WorkerState.FAILED, failures={0: SimpleNamespace(local_rank=0, exitcode=-9)})  # type: ignore[dict-item]
+    results = iter([RunResult(WorkerState.HEALTHY), told])
+    monkeypatch.setattr(elastic.LocalElasticAgent, "_monitor_workers", lambda *_: next(results))
+    for alive in (both, left):
+        monkeypatch.setattr(multiprocessing, "active_children", lambda alive=alive: alive)
+        if alive is left:
+            both[1].exitcode = exit_code
+        agent._monitor_workers(agent._worker_group)
+    termination = agent._board.termination
+    assert termination is not None and termination.reason == reason
