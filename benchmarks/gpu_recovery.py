@@ -7,7 +7,8 @@ with snapshots in memory and checkpoints in a folder. `gpu_recovery.py MODEL FOL
 * `restart_s`: from the SIGKILL of one worker to the first new optimizer step, both started anew.
 * `in_process_s`: from the moment the agent says that the collectives will not end to the first step that the other
   one, alone, does in its process.
-* `grow_pause_s`: from its last step alone to the first with a newcomer that has rehearsed.
+* `grow_pause_s`: from its agent's wish, in the middle of a step alone, to the first step with a newcomer that has
+  rehearsed.
 """
 
 import argparse
@@ -159,9 +160,10 @@ def measure_in_process(world: World) -> dict[str, Any]:
     tell(world, 0)  # the newcomer is no member yet
     newcomer.start()
     until(lambda: has_parked(world, 1), "the newcomer to rehearse")
+    begun = time.monotonic()
     tell(world, world.generation, prepare=world.generation + 1)
     until(lambda: has_parked(world, 0), "a step boundary")
-    begun, done = time.monotonic(), step_of(world)
+    done = step_of(world)
     world.processes = [survivor, newcomer]
     place(world, [0, 1])
     wait_for(world, done + 1)

@@ -67,13 +67,13 @@ def test_a_checkpoint_by_steps_is_due_though_faults_ended_those_before(
 
 
 @pytest.mark.parametrize(
-    ("newest", "step", "due"),
-    [(None, 0, False), (None, 5, True), (found(3, 30), 5, False), (found(3, 90), 5, True), (found(3, -90), 5, False)],
+    ("age", "step", "due"),
+    [(None, 0, False), (None, 5, True), (30, 5, False), (90, 5, True), (-90, 5, False)],
 )
 def test_a_checkpoint_by_time_is_due_though_the_worker_is_new(
-    env: WorkerEnv, monkeypatch: pytest.MonkeyPatch, newest: CheckpointStatus | None, step: int, due: bool
+    env: WorkerEnv, monkeypatch: pytest.MonkeyPatch, age: float | None, step: int, due: bool
 ) -> None:
-    here = session(env, newest, interval_seconds=60)
+    here = session(env, found(3, age) if age is not None else None, interval_seconds=60)
     reporter = Reporter(env)
     monkeypatch.setattr(reporter, "_update", lambda *_, **__: None)
     here.data = SimpleNamespace(samples=SimpleNamespace(meta=SimpleNamespace(num_tokens=1, num_tokens_cut=0)))

@@ -120,7 +120,7 @@ def test_a_worker_that_has_finished_is_not_waited_for(joined: Board, monkeypatch
 def test_collectives_that_hang_are_broken_off_before_their_worker_is_ended(
     joined: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    joined.give_places(can_abandon=True)
+    joined.assign_places(can_abandon=True)
     joined.hear(view(1, "1", "2", prepare=2))
     assert not joined.may_end_workers(1)
     assert not read_control(tmp_path).abandon, "a step boundary may come"
@@ -128,7 +128,7 @@ def test_collectives_that_hang_are_broken_off_before_their_worker_is_ended(
     monkeypatch.setattr(board_module, "PARK_STEPS", 0.0)
     assert not joined.may_end_workers(1)
     assert read_control(tmp_path) == Control(generation=1, prepare=2, abandon=True, assigns=True)
-    joined.give_places(can_abandon=False)  # its time is over
+    joined.assign_places(can_abandon=False)  # its time is over
     assert joined.may_end_workers(1)
     joined.join(2)
     assert not read_control(tmp_path).abandon

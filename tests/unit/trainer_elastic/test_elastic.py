@@ -1,6 +1,7 @@
 """What becomes of a pod's workers between two generations, and which of several ends is told."""
 
 import multiprocessing
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +10,9 @@ import pytest
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 
 from qlora_api.run import ExitCode, Termination
-from qlora_trainer import elastic
+from qlora_trainer import control, elastic
 from qlora_trainer.board import Board
-from qlora_trainer.control import read_control, write_termination
+from qlora_trainer.control import read_control, read_termination, write_termination, write_worker_state
 from qlora_trainer.elastic import NodeAgent
 from qlora_trainer.rendezvous import QloraRendezvous
 
@@ -37,6 +38,29 @@ def test_workers_stand_only_where_the_agent_gives_out_places(
     agent._stop_workers(agent._worker_group)
     assert read_control(tmp_path).assigns == agent._standing == given
     assert bool(ended) != given
+
+
+@pytest.mark.parametrize(("generations", "killed"), [((5, 5), 0), ((5, 4), 2), ((4, None), 2)])
+def test_workers_that_do_not_take_their_places_are_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generations: tuple[int | None, ...], killed: int
+) -> None:
+    agent = make_agent(tmp_path, num_workers=2)
+    agent._board.join(5)
+    for rank, generation in enumerate(generations):
+        if generation is not None:
+            write_worker_state(tmp_path, rank, control.WorkerState(generation=generation))
+    ended: list[Any] = []
+    monkeypatch.setattr(elastic, "_kill", ended.extend)
+    agent._assigned_at = time.monotonic()
+    agent._await_takers([1, 2])
+    assert not ended, "there is time"
+    monkeypatch.setattr(elastic, "TAKE_SECONDS", 0.0)
+    agent._assigned_at = agent._assigned_at and agent._assigned_at - 1
+    if agent._assigned_at is not None:
+        agent._await_takers([1, 2])
+    assert len(ended) == killed
+    told = [read_termination(tmp_path, rank) for rank in (0, 1)]
+    assert [t.reason if t else None for t in told] == ["LostPeer" if killed else None] * 2
 
 
 def process(pid: int, exit_code: int | None) -> Any:

@@ -16,7 +16,7 @@ from qlora_trainer.control import Control, Phase, WorkerState, write_control
 
 PARK_FLOOR_SECONDS = 1.0
 PARK_STEPS = 2.0  # a worker that is not at a step boundary after so many median steps waits for a lost peer
-LEAVE_SECONDS = 2.0  # for one that can break its collectives off (NCCL's) and park
+ABANDON_SECONDS = 2.0  # for one that can break its collectives off (NCCL's) and park
 _KEPT_STEPS = 16
 
 
@@ -124,13 +124,14 @@ class Board:
         self.hurry()
 
     @property
-    def gives_places(self) -> bool:
+    def assigns(self) -> bool:
+        """Whether workers that stand get places here."""
         return self._assigns
 
-    def give_places(self, can_abandon: bool) -> None:
+    def assign_places(self, can_abandon: bool) -> None:
         """Workers that stand go on in the next generation; `can_abandon`: also those that a lost peer holds up."""
         with self.changed:
-            self._assigns, self._abandon_for = True, LEAVE_SECONDS if can_abandon else 0.0
+            self._assigns, self._abandon_for = True, ABANDON_SECONDS if can_abandon else 0.0
             self._tell_workers()
 
     def set_snapshot_step(self, step: int | None) -> None:
@@ -205,7 +206,10 @@ class Board:
         return {METRIC_STEP_WORK: max(self._work_seconds.values())} if self._work_seconds else {}
 
     def may_end_workers(self, num_workers: int) -> bool:
-        """Whether the workers can be ended now: asked to park, and parked or too late to."""
+        """Whether the workers can be ended now, or stand: parked, or too late to; those that hang are told to abandon.
+
+        They park when they are asked to, or when one of them has lost a peer.
+        """
         with self.changed:
             phases = [self._phases.get(rank) for rank in range(num_workers)]
             one_parked = Phase.PARKED in phases

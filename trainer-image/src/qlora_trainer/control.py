@@ -62,7 +62,7 @@ def has_gpu() -> bool:
 
 
 class Control(ApiModel):
-    """`control.json`, written by the agent: `Membership` without its members."""
+    """`control.json`, written by the agent: `Membership` without its members, and what workers may do."""
 
     generation: int = 0
     prepare: int = Field(0, description="Above generation while a change of members is being prepared.")
@@ -86,7 +86,7 @@ class Phase(StrEnum):
 
     STARTING = "starting"  # process group, model, restore
     TRAINING = "training"
-    PARKED = "parked"  # out of its group, with a snapshot of its last step: takes another place or is ended
+    PARKED = "parked"  # at a step boundary, out of its group or about to stop: takes another place or ends
     FINISHED = "finished"  # manifest is in the bucket
 
 

@@ -68,7 +68,7 @@ class NodeAgent(LocalElasticAgent):
         self._first_dead: set[int] = set()  # local ranks that ended before their siblings were ended for it
         self._stands = os.environ.get(ENV_STAND, "0" if has_gpu() else "1") != "0"
         if self._stands:
-            board.give_places(can_abandon=has_gpu())
+            board.assign_places(can_abandon=has_gpu())
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         clear_worker_files(self._run_dir)
@@ -113,12 +113,12 @@ class NodeAgent(LocalElasticAgent):
         alive = multiprocessing.active_children()
         if len(alive) == worker_group.spec.local_world_size:
             self._processes = alive
+            if self._assigned_at is not None:
+                self._await_takers(alive)
         elif alive and self._pcontext is not None:
             living = {process.pid for process in alive}
             self._first_dead = {rank for rank, pid in self._pcontext.pids().items() if pid not in living}
             _kill(alive)
-        if self._assigned_at is not None:
-            self._await_takers(alive)
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
             self._explain(result)
@@ -151,7 +151,7 @@ class NodeAgent(LocalElasticAgent):
         if all(state is not None and state.generation == self._board.joined for state in states):
             self._assigned_at = None
         elif time.monotonic() - self._assigned_at > TAKE_SECONDS:
-            message = f"no worker took its place in generation {self._board.joined} in {TAKE_SECONDS} s"
+            message = f"not every worker took its place in generation {self._board.joined} within {TAKE_SECONDS} s"
             lost = Termination(exit_code=ExitCode.LOST_PEER, reason=Reason.LOST_PEER, message=message)
             for rank in range(len(alive)):
                 write_termination(self._run_dir, rank, lost)

@@ -56,7 +56,7 @@ def process_group(env: WorkerEnv) -> Iterator[Group]:
     except MembersChange:
         leave = dist.destroy_process_group
         raise
-    except Exception as error:
+    except Exception as error:  # NCCL, CUDA and torch raise many types for one lost peer
         if group.broken_off.is_set():
             raise LostPeer(f"a peer is lost: {error}") from error
         raise

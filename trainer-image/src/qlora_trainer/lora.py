@@ -185,7 +185,7 @@ class Adapter:
         self._views.append((parameter, grad))
 
     def reset(self, seed: int) -> None:
-        """As before the first step (without DoRA, whose magnitudes are measured)."""
+        """As before the first step; DoRA's magnitudes are to be measured anew."""
         self.master.zero_()
         self.reduced.zero_()
         for group in self.groups:

@@ -236,7 +236,7 @@ def obstacles(model: TrainableModel, config: TrainConfig, packed: PackedModel, p
     """Why a model of an earlier generation can't serve this one; none: `move` it."""
     found = {
         "another base": packed.digest != model.packed.digest,
-        "another spec": _trained(config) != _trained(model.config),
+        "another spec": _of_model(config) != _of_model(model.config),
         "another memory plan": any(getattr(plan, name) != getattr(model.plan, name) for name in _BUILT_IN),
         "FSDP2 holds it": any(isinstance(layer, FSDPModule) for layer in model.layers),
         "its magnitudes are measured at the start": config.spec.lora.use_dora,
@@ -251,7 +251,7 @@ def move(
 
     Compiled code stays; so does a base that is whole before and after, any other is read from the node's disk.
     """
-    if not model.plan.sharding == plan.sharding == "NO_SHARD":
+    if {model.plan.sharding, plan.sharding} != {"NO_SHARD"}:
         release_base(model.layers)
         for group in model.adapter.groups:
             group.state.blob = None
@@ -271,9 +271,9 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _trained(config: TrainConfig) -> dict[str, Any]:
-    """What of a spec a model depends on."""
-    return config.spec.model_dump(exclude={"elastic_policy", "suspend"})
+def _of_model(config: TrainConfig) -> dict[str, Any]:
+    """What of a spec a model is built from."""
+    return config.spec.model_dump(include={"model", "quantization", "lora", "training"})
 
 
 def plan_for(

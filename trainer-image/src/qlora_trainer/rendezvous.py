@@ -58,7 +58,7 @@ class QloraRendezvous(RendezvousHandler):
     def next_rendezvous(self) -> RendezvousInfo:
         """Stand until a generation with this pod is published and its store answers. Generation 0 is the pod's own."""
         self._store = None  # the store of the generation before goes with its last reference
-        if self._board.gives_places and not self._board.joined and not self._rehearsed:
+        if self._board.assigns and not self._board.joined and not self._rehearsed:
             self._rehearsed = True
             self._store = TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
             return RendezvousInfo(self._store, 0, 1, RendezvousStoreInfo("127.0.0.1", self._store.port))

@@ -73,11 +73,13 @@ def _from_bucket(session: Session, newer_than: int) -> State | None:
     """Rank 0: the newest intact checkpoint beyond the best snapshot, or None."""
     try:
         for manifest in checkpoint.find_complete(session.store):
-            session.checkpoints.found = session.checkpoints.found or session.checkpoints.status_of(manifest)
             if manifest.step <= newer_than:
+                session.checkpoints.found = session.checkpoints.status_of(manifest)
                 return None
             try:
-                return checkpoint.load(session.store, manifest), dict(manifest.extra)
+                state = checkpoint.load(session.store, manifest)
+                session.checkpoints.found = session.checkpoints.status_of(manifest)
+                return state, dict(manifest.extra)
             except (StorageError, FileNotFoundError) as error:
                 print(f"checkpoint of step {manifest.step} passed over: {error}", file=sys.stderr, flush=True)
     except StorageError as error:

@@ -51,7 +51,7 @@ class Kept:
     def settle(self) -> None:
         """Wait until no thread and no kernel changes what is kept; raises when the GPU can't go on."""
         if self.snapshots is not None:
-            with contextlib.suppress(Exception):  # a snapshot that fails now is simply not the newest
+            with contextlib.suppress(OSError, RuntimeError):  # a snapshot that fails now is simply not the newest
                 self.snapshots.wait()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -71,7 +71,9 @@ def stand(error: Exception, env: WorkerEnv, kept: Kept, trained: bool, step: int
         write_termination(env.run_dir, env.local_rank, termination)
     try:
         kept.settle()
-    except Exception as broken:
+    except RuntimeError as broken:
+        if isinstance(error, MembersChange):
+            raise  # what is broken here is this worker's own
         raise error from broken
     print(f"generation {env.generation} is over for rank {env.rank}: {error}", file=sys.stderr, flush=True)
 

@@ -30,7 +30,7 @@ from qlora_trainer.session import Session, fits_alone, make_ready, set_up
 from qlora_trainer.standing import Kept, next_place, stand
 
 ENV_CONFIG = "QLORA_CONFIG"
-_POLL_SECONDS = 0.05  # between looks at the agent that is to end us, or at an upload under way
+_POLL_SECONDS = 0.05  # between looks at an upload under way
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def run_worker(config: TrainConfig, env: WorkerEnv, path: Path | None = None) ->
             if env.generation or not read_control(env.run_dir).assigns:
                 return _run_generation(config, env, reporter, kept)
             _rehearse(config, env, kept)
-        except Exception as error:
+        except Exception as error:  # the worker's outermost loop
             stand(error, env, kept, reporter.has_trained, reporter.step)
         reporter.parked()
         env = next_place(env)
@@ -116,10 +116,8 @@ def _rehearse(config: TrainConfig, env: WorkerEnv, kept: Kept) -> None:
         return
     with process_group(alone) as group:
         session = set_up(config, alone, group, kept)
-    data, training = session.data, config.spec.training
-    arrays = collate(data.plan.global_batch(0)[0], data.sequences, data.samples, data.pad_id, training.max_length)
-    ids, labels, positions = map(torch.from_numpy, (arrays.input_ids, arrays.labels, arrays.position_ids))
-    session.model.loss(ids, labels, positions, 1).backward()
+    first = session.data.plan.global_batch(0)[0]
+    session.model.loss(*_tensors(session, first, session.data.samples, session.data.sequences), 1).backward()
 
 
 def _run_generation(config: TrainConfig, env: WorkerEnv, reporter: Reporter, kept: Kept) -> Artifacts:
@@ -193,12 +191,19 @@ def _step(session: Session, position: Position, reporter: Reporter) -> list[bool
 def _loss(session: Session, micro: MicroBatch, samples: SampleSet, sequences: Sequences, targets: int) -> torch.Tensor:
     """The micro batch's share of a loss that is averaged over `targets` tokens."""
     faults.reach("data", micro.step)
-    training = session.config.spec.training
-    arrays = collate(micro, sequences, samples, session.data.pad_id, training.max_length)
-    ids, labels, positions = map(torch.from_numpy, (arrays.input_ids, arrays.labels, arrays.position_ids))
-    session.model.set_step_seed(training.seed, micro.step, micro.index)
+    tensors = _tensors(session, micro, samples, sequences)
+    session.model.set_step_seed(session.config.spec.training.seed, micro.step, micro.index)
     faults.reach("forward", micro.step)
-    return session.model.loss(ids, labels, positions, targets)
+    return session.model.loss(*tensors, targets)
+
+
+def _tensors(
+    session: Session, micro: MicroBatch, samples: SampleSet, sequences: Sequences
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Input ids, labels and position ids of a micro batch, on the host."""
+    arrays = collate(micro, sequences, samples, session.data.pad_id, session.config.spec.training.max_length)
+    ids, labels, positions = map(torch.from_numpy, (arrays.input_ids, arrays.labels, arrays.position_ids))
+    return ids, labels, positions
 
 
 def _wishes(session: Session) -> tuple[bool, bool]:
@@ -264,7 +269,7 @@ def _save(session: Session, position: Position, reporter: Reporter) -> None:
 
 
 def _park(session: Session, position: Position, reporter: Reporter, stop: bool) -> NoReturn:
-    """Stand still at a step boundary with everything saved; never returns."""
+    """Leave at a step boundary with everything saved: raises MembersChange or, told to stop, Stopped."""
     if session.snapshots:
         session.snapshots.wait()
     if stop:
