@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from hack.cluster.settings import DEFAULT_NAME
 from hack.demo import adapter, upload, watch
-from hack.demo.kubectl import ROOT, Kubectl, Manifest, cluster, program
+from hack.demo.kubectl import ROOT, Kubectl, Manifest, cluster, is_local, program
 from hack.demo.memory import MemoryMeter
 from hack.demo.prepare_model import prepare_model
 from hack.demo.spot import Killed, Spot, num_steps_repeated
@@ -48,12 +48,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The whole thing once, end to end.")
     parser.add_argument("--no-kill", action="store_true", help="leave the nodes alone")
     arguments = parser.parse_args()
-    local = os.environ.get("CLUSTER", "local") == "local"
     display, facts = watch.Display(), Facts()
     with MemoryMeter() as meter:
         try:
             kubectl = prepare(display)
-            run = fine_tune(kubectl, display, facts, kill=local and not arguments.no_kill)
+            run = fine_tune(kubectl, display, facts, kill=is_local() and not arguments.no_kill)
             result = show(run, display, facts)
         except (RuntimeError, TimeoutError, ValueError) as error:
             display.say(f"the demo failed: {error}")

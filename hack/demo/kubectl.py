@@ -13,6 +13,11 @@ ROOT = Path(__file__).resolve().parents[2]
 Manifest = dict[str, Any]
 
 
+def is_local() -> bool:
+    """Whether CLUSTER means the local cluster, as `hack.cluster` reads it."""
+    return os.environ.get("CLUSTER", "local") != "current"
+
+
 def cluster(*words: str, name: str | None = None, quiet: bool = True) -> str:
     """Run one command of `hack.cluster`; its standard output. One that is named is a local cluster, always.
 
@@ -46,7 +51,7 @@ class Kubectl:
     @classmethod
     def find(cls, namespace: str) -> "Kubectl":
         """The local cluster's kubectl or, with CLUSTER=current, the one of the current context."""
-        if os.environ.get("CLUSTER", "local") == "local":
+        if is_local():
             return cls(Path(json.loads(cluster("status"))["kubeconfig"]), namespace)
         return cls(None, namespace)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import boto3
 from botocore.exceptions import BotoCoreError, ClientError
-from hack.demo.kubectl import ROOT, Kubectl, Manifest, cluster
+from hack.demo.kubectl import ROOT, Kubectl, Manifest, cluster, is_local
 from hack.demo.prepare_model import prepare_model
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Store:
         Raises:
             ValueError: the cluster doesn't run, or a variable is missing.
         """
-        if os.environ.get("CLUSTER", "local") == "local":
+        if is_local():
             status = json.loads(cluster("status"))
             if not status["running"]:
                 raise ValueError(

@@ -4,14 +4,13 @@ Rules: a test applies resources and looks at what the API server and the bucket 
 applied; what runs for long is shared.
 """
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
 from hack.demo import upload, watch
-from hack.demo.kubectl import Kubectl, Manifest, cluster
+from hack.demo.kubectl import Kubectl, Manifest, cluster, is_local
 from tests.e2e.support import EXAMPLES, Applied, fresh_namespace
 
 NAMESPACE = "qlora-e2e"
@@ -25,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave the local cluster's tests out where another is asked for; pytest counts them as deselected."""
-    if os.environ.get("CLUSTER", "local") == "local":
+    if is_local():
         return
     left_out = [item for item in items if item.get_closest_marker("local")]
     config.hook.pytest_deselected(items=left_out)

@@ -35,10 +35,6 @@ class Plan(ApiModel):
         return sum(self.gpu.values())
 
     @property
-    def host_bytes(self) -> int:
-        return sum(self.host.values())
-
-    @property
     def fits(self) -> bool:
         return not self.gpu_limit or self.gpu_bytes <= self.gpu_limit
 

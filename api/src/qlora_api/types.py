@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from qlora_api.base import ApiModel, cel, rules
-from qlora_api.pod import PodTemplatePatch, ResourcesPerNode
+from qlora_api.pod import GPU, PodTemplatePatch, ResourcesPerNode
 
 SOURCE_URI = r"^(hf|s3|pvc|file)://[^\s]+$"
 S3_URI = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\s]*)?$"
@@ -186,6 +186,7 @@ class ElasticPolicy(ApiModel):
     model_config = ConfigDict(
         json_schema_extra=rules(
             cel(
+                # Below 1 the bound of maxNodes speaks, with better advice.
                 "self.maxNodes < 1 || self.minNodes <= self.maxNodes",
                 "minNodes must not exceed maxNodes: lower minNodes or raise maxNodes",
             )
@@ -246,12 +247,12 @@ class QLoRAFinetuneSpec(ApiModel):
                 " write adamw or adamw_8bit, or set numProcPerNode and elasticPolicy.maxNodes to 1",
             ),
             cel(
-                "!('nvidia.com/gpu' in self.resourcesPerNode.limits)"
-                " || !string(self.resourcesPerNode.limits['nvidia.com/gpu']).matches('^[0-9]{1,6}$')"
-                " || int(self.resourcesPerNode.limits['nvidia.com/gpu']) == 0"
-                " || int(self.resourcesPerNode.limits['nvidia.com/gpu']) >= self.numProcPerNode",
-                "every worker needs a GPU of its own: raise resourcesPerNode.limits['nvidia.com/gpu'] or lower"
-                " numProcPerNode",
+                # No whole number: pod.py's rule speaks. 0: a run on CPUs.
+                f"!('{GPU}' in self.resourcesPerNode.limits)"
+                f" || !string(self.resourcesPerNode.limits['{GPU}']).matches('^[0-9]{{1,6}}$')"
+                f" || int(self.resourcesPerNode.limits['{GPU}']) == 0"
+                f" || int(self.resourcesPerNode.limits['{GPU}']) >= self.numProcPerNode",
+                f"every worker needs a GPU of its own: raise resourcesPerNode.limits['{GPU}'] or lower numProcPerNode",
             ),
             cel(
                 "!has(self.training.earlyStoppingPatience) || (has(self.training.evalIntervalSteps)"

@@ -1,4 +1,4 @@
-"""A clock that stands still while this process does.
+"""Time: a clock that stands still while this process does, and a wait that ends.
 
 Agents are judged by how long they have been silent. If the operator itself got no processor for some seconds, their
 reports lie unread in its sockets, and by the plain clock everybody would be lost at once. So a gap between two readings
@@ -6,6 +6,7 @@ counts for at most `longest_gap` seconds; a ticker reads often enough that only 
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -32,3 +33,10 @@ class AttentiveClock:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             self.now()
+
+
+async def wait_at_most(event: asyncio.Event, seconds: float) -> None:
+    """Until the event is set or the time is over."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()

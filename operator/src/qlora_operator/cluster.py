@@ -34,7 +34,7 @@ from qlora_operator.state import (
 
 log = logging.getLogger(__name__)
 PASSED_ON_LABELS = ("kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class")
-MOUNT_PATIENCE_SECONDS = 3.0
+_EVENTS_AFTER_SECONDS = 3.0  # younger pods' events are not asked for
 _RUNS = f"/apis/{names.GROUP}/{names.VERSION}"
 _REFUSALS = (400, 403, 422)
 _KINDS = {"ConfigMap": "configmaps", "ServiceAccount": "serviceaccounts"}
@@ -82,7 +82,7 @@ class Cluster:
     async def _mount_messages(self, pod: Json, now: datetime) -> tuple[str, ...]:
         """The kubelet tells in events only what it cannot mount; oldest first."""
         age = (now - datetime.fromisoformat(pod["metadata"]["creationTimestamp"])).total_seconds()
-        if age < MOUNT_PATIENCE_SECONDS or not is_mounting(pod):
+        if age < _EVENTS_AFTER_SECONDS or not is_mounting(pod):
             return ()
         path = f"/api/v1/namespaces/{pod['metadata']['namespace']}/events"
         selector = f"involvedObject.uid={pod['metadata']['uid']},reason=FailedMount"

@@ -106,6 +106,7 @@ def events_between(old: QLoRAFinetuneStatus, new: QLoRAFinetuneStatus) -> tuple[
     if new.generation > old.generation:
         names = ", ".join(member.pod_name for member in new.members)
         events.append(Event(Reason.MEMBERS_CHANGED, f"generation {new.generation}: {names}"))
+    # Failed and Running may say the same: one event, the Warning.
     warned = {(event.reason, event.message) for event in events if event.kind == "Warning"}
     told_once = [e for e in events if e.kind == "Warning" or (e.reason, e.message) not in warned]
     return tuple(dict.fromkeys([*told_once, *_node_events(old, new), *_straggler_events(old, new)]))

@@ -8,7 +8,6 @@
 """
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import time
@@ -19,7 +18,7 @@ from pydantic import ValidationError
 
 from qlora_api import names
 from qlora_api.run import SYNC_PATH, Membership, Report
-from qlora_operator.clock import AttentiveClock
+from qlora_operator.clock import AttentiveClock, wait_at_most
 from qlora_operator.settings import Settings
 from qlora_operator.state import Heard, Key, PodIdentity
 from qlora_operator.table import RunTable, is_newer, stop_answer
@@ -126,9 +125,7 @@ class Coordinator:
             left = start + patience - time.monotonic()
             if left <= 0:
                 return answer
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await self._event(key).wait()
+            await wait_at_most(self._event(key), left)
 
     async def _identify(self, request: web.Request) -> PodIdentity:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")

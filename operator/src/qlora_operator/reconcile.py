@@ -5,7 +5,6 @@ metrics. Wake-ups coalesce; errors are tried again with growing pauses; a status
 """
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
@@ -14,6 +13,7 @@ from datetime import UTC, datetime
 
 from aiohttp import ClientError
 
+from qlora_operator.clock import wait_at_most
 from qlora_operator.cluster import Cluster
 from qlora_operator.coordinator import Coordinator
 from qlora_operator.decide import decide
@@ -123,9 +123,7 @@ class Reconciler:
         """Until something wakes the run, at most so long."""
         event = self._wakes[key]
         if seconds > 0:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await event.wait()
+            await wait_at_most(event, seconds)
         event.clear()
 
     def _back_off(self, error: Exception, failures: int) -> float:

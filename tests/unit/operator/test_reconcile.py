@@ -12,6 +12,7 @@ from tests.unit.operator.build import SETTINGS, pod, run
 from qlora_api.run import RunIdentity
 from qlora_api.status import QLoRAFinetuneStatus
 from qlora_operator import reconcile
+from qlora_operator.clock import wait_at_most
 from qlora_operator.cluster import Sight
 from qlora_operator.kube import ApiError
 from qlora_operator.reconcile import Reconciler
@@ -165,11 +166,21 @@ async def test_the_series_of_a_run_vanish_with_it(stage: Stage) -> None:
     assert 'run="r"' not in text and 'run="other"' in text
 
 
-async def test_stopping_ends_a_run_that_is_woken_at_the_same_moment(stage: Stage) -> None:
-    _, reconciler = stage
+async def test_stopping_ends_a_run_that_is_woken_at_the_same_moment(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, reconciler = stage
+    waits = asyncio.Event()
+
+    async def wait(event: asyncio.Event, seconds: float) -> None:
+        waits.set()
+        await wait_at_most(event, seconds)
+
+    monkeypatch.setattr(reconcile, "wait_at_most", wait)
     reconciler.wake(KEY)
-    for _ in range(20):  # until the run's task waits for its next pass
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(5):
+        await waits.wait()
+    assert cluster.calls == ["observe", "status", "act", "tell"], "a pass is over, and the run's task waits for the next"
     reconciler.wake(KEY)
     async with asyncio.timeout(5):
         await reconciler.stop()

@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -166,7 +167,8 @@ def _usage(spec: QLoRAFinetuneSpec, adapter_uri: str) -> str:
         commands.append(_fetch(model.uri, "base", model.endpoint))
         where, options = "base", {"gguf_file": model.uri.rsplit("/", 1)[1] if _is_gguf(model.uri) else None}
     arguments = [json.dumps(where), *(f"{name}={json.dumps(value)}" for name, value in options.items() if value)]
-    arguments += ["trust_remote_code=True"] * model.trust_remote_code
+    if model.trust_remote_code:
+        arguments.append("trust_remote_code=True")
     call = f"from_pretrained({', '.join(arguments)})"
     hint = '\n\nIf the base is a GGUF file, add `gguf_file="NAME.gguf"` to the first two calls.'
     fetched = "\n".join(commands)
@@ -192,10 +194,11 @@ def _fetch(uri: str, folder: str, endpoint: str | None) -> str:
     """A command that brings what lies at an s3://, pvc:// or file:// URI into the folder."""
     parts = urlsplit(uri)
     if parts.scheme == "s3":
-        what = f"{uri} {folder}/" if _is_gguf(uri) else f"--recursive {uri.rstrip('/')}/ {folder}/"
-        return f"aws s3 cp {what}" + (f" --endpoint-url {endpoint}" if endpoint else "")
-    target = f"{folder}/{Path(parts.path).name}" if _is_gguf(uri) else folder
+        what = quote(uri) if _is_gguf(uri) else f"--recursive {quote(uri.rstrip('/') + '/')}"
+        return f"aws s3 cp {what} {folder}/" + (f" --endpoint-url {quote(endpoint)}" if endpoint else "")
+    target = quote(f"{folder}/{Path(parts.path).name}" if _is_gguf(uri) else folder)
     if parts.scheme == "pvc":
-        claim, path = parts.netloc, parts.path.strip("/") or "."
-        return f"kubectl cp POD:MOUNT_PATH/{path} {target}  # a POD with the volume claim {claim} at MOUNT_PATH"
-    return f"mkdir -p {folder} && cp -r {unquote(parts.path)}{'' if _is_gguf(uri) else '/.'} {target}"
+        source = quote(f"POD:MOUNT_PATH/{parts.path.strip('/') or '.'}")
+        return f"kubectl cp {source} {target}  # a POD with the volume claim {parts.netloc} at MOUNT_PATH"
+    source = quote(unquote(parts.path) + ("" if _is_gguf(uri) else "/."))
+    return f"mkdir -p {folder} && cp -r {source} {target}"

@@ -142,7 +142,7 @@ def fits_alone(config: TrainConfig, env: WorkerEnv) -> bool:
 
 
 def set_up(config: TrainConfig, env: WorkerEnv, group: Group, kept: Kept) -> Session:
-    """All parts, the base verified byte by byte; `kept` of an earlier generation is used, then filled. Raises theirs."""
+    """All parts, the base verified byte by byte; what an earlier generation `kept` is used. Raises as the parts do."""
     prepared = prepare(config, env)
     device = device_of(env)
     micro_batch = micro_batch_size(config, prepared.packed.hf_config, smallest_gpu(group.mesh, device))
