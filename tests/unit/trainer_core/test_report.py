@@ -90,6 +90,26 @@ def test_picture_and_card(make_config: Any) -> None:
             'from_pretrained("base")',
         ),
         ({"uri": "file:///models/tiny"}, "mkdir -p base && cp -r /models/tiny/. base", 'from_pretrained("base")'),
+        (
+            {"uri": "file:///my%20models/tiny"},
+            "mkdir -p base && cp -r '/my models/tiny/.' base",
+            'from_pretrained("base")',
+        ),
+        (
+            {"uri": "file:///models/$(id).gguf"},
+            "mkdir -p base && cp -r '/models/$(id).gguf' 'base/$(id).gguf'",
+            'from_pretrained("base", gguf_file="$(id).gguf")',
+        ),
+        (
+            {"uri": "s3://models/a;b"},
+            "aws s3 cp --recursive 's3://models/a;b/' base/",
+            'from_pretrained("base")',
+        ),
+        (
+            {"uri": "pvc://claim/a&b"},
+            "kubectl cp 'POD:MOUNT_PATH/a&b' base  # a POD with the volume claim claim",
+            'from_pretrained("base")',
+        ),
     ],
 )
 def test_the_card_loads_the_base_from_where_transformers_can(
