@@ -8,7 +8,6 @@ with peft, and what it changed is shown. What stays and how to take it down goes
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile

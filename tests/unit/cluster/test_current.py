@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hack.cluster import __main__ as ctl
 from hack.cluster import current, preflight
 from hack.cluster.images import builder, commands, transport
 from hack.cluster.settings import Cluster
 from hack.demo import upload
-from hack.demo.kubectl import ROOT
+from hack.demo.kubectl import ROOT, is_local
 
 DIGEST = "sha256:" + "a" * 64
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
@@ -101,6 +102,17 @@ def test_helm_takes_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:
         "trainer.image.tag": "1234",
         "log.level": "DEBUG",
     }
+
+
+@pytest.mark.parametrize(("value", "local"), [(None, True), ("", True), ("local", True), ("current", False)])
+def test_the_demo_means_the_cluster_that_the_commands_mean(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, local: bool
+) -> None:
+    monkeypatch.delenv("CLUSTER", raising=False)
+    if value is not None:
+        monkeypatch.setenv("CLUSTER", value)
+    assert is_local() is local
+    assert ctl._uses_current() is not local
 
 
 @pytest.fixture
