@@ -180,7 +180,7 @@ async def test_stopping_ends_a_run_that_is_woken_at_the_same_moment(
     reconciler.wake(KEY)
     async with asyncio.timeout(5):
         await waits.wait()
-    assert cluster.calls == ["observe", "status", "act", "tell"], "a pass is over, and the run's task waits for the next"
+    assert cluster.calls == ["observe", "status", "act", "tell"], "a pass is over, the next is waited for"
     reconciler.wake(KEY)
     async with asyncio.timeout(5):
         await reconciler.stop()
