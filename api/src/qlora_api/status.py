@@ -41,7 +41,9 @@ class Progress(ApiModel):
     learning_rate: Measure | None = Field(None, description="Of the last step.")
     grad_norm: Measure | None = Field(None, description="Global norm of the gradient before clipping.")
     tokens: int = Field(0, ge=0, description="Tokens trained on so far, padding not counted.")
-    tokens_per_second: Measure | None = Field(None, description="Over all nodes; absent while the run waits, is suspended or has failed.")
+    tokens_per_second: Measure | None = Field(
+        None, description="Over all nodes; absent while the run waits, is suspended or has failed."
+    )
     eta_seconds: int | None = Field(None, ge=0, description="Seconds to go at the present speed; absent like it.")
 
 
