@@ -65,6 +65,8 @@ def walk(world: Any, pods_of_steps: list[list[int]]) -> None:
     """One step in each of these worlds, stopped at its boundary."""
     for pods in pods_of_steps:
         assert world.run(pods, Command.STOP) == [ExitCode.STOPPED] * len(pods)
+        told = [world.state(pod) for pod in pods]
+        assert all(state.checkpoint.step == state.progress.step for state in told), "the operator shows it"
 
 
 def test_a_walk_through_world_sizes(make_world: MakeWorld, straight: Any) -> None:

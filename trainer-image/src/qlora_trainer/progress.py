@@ -88,6 +88,10 @@ class Reporter:
         self._state = self._state.model_copy(update={"phase": Phase.PARKED})
         self._write()
 
+    def stopped(self, session: Session, position: Position) -> None:
+        """At a step boundary with a checkpoint of it: this worker ends."""
+        self._update(session, position, phase=Phase.PARKED)
+
     def finished(self, artifacts: Artifacts) -> Artifacts:
         """The manifest is in the bucket."""
         progress = self._state.progress.model_copy(

@@ -278,7 +278,7 @@ def _park(session: Session, position: Position, reporter: Reporter, stop: bool) 
             _save(session, position, reporter)
             session.checkpoints.finish()
             reporter.saved(session, None)
-        reporter.parked()
+        reporter.stopped(session, position)
         raise Stopped(f"stopped after step {position.step}; a checkpoint of it is in the bucket")
     raise MembersChange(f"the members change after step {position.step}")
 
