@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hack.cluster.settings import load
 from tests.chaos.cells import HOW_ON_CLUSTER, MAX_NODES, Cell
+from tests.chaos.cputimes import CpuTimes
 from tests.chaos.driver import Driver
 from tests.chaos.faultplan import FaultPlan
 from tests.chaos.kube import KubeCluster
@@ -58,7 +59,7 @@ def measure(run: KubeCluster, minutes: float, mean: float, seed: int) -> dict[st
     calm_begin, calm_step = time.monotonic(), driver.step()
     time.sleep(CALM_SECONDS)
     speed = (driver.step() - calm_step) / (time.monotonic() - calm_begin)
-    begin, step = time.monotonic(), driver.step()
+    begin, step, cpu = time.monotonic(), driver.step(), CpuTimes.now()
     number = strike_for(run, minutes * 60, mean, random.Random(seed))
     run.restore(())
     seconds, steps = time.monotonic() - begin, run.timeline.newest_step() - step
@@ -71,6 +72,7 @@ def measure(run: KubeCluster, minutes: float, mean: float, seed: int) -> dict[st
         "steps_lost": run.timeline.steps_lost(),
         **recovery(run.timeline.recoveries()),
         "state": str(run.status.state),
+        "stolen_cpu_percent": CpuTimes.now().stolen_percent(cpu),
         "seed": seed,
     }
 

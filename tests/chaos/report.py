@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tests.chaos.cells import Cell
+from tests.chaos.cputimes import CpuTimes
 from tests.chaos.driver import Driver, Outcome
 from tests.chaos.verify import TOLERANCE, Comparison
 
 MAX_LOST = 1
+WORTH_TELLING = 5.0  # percent
 
 
 @dataclass
@@ -20,12 +22,13 @@ class Report:
     comparisons: list[Comparison] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     growths: list[tuple[float, int]] = field(default_factory=list)  # (pause in seconds, steps done twice)
+    began: CpuTimes = field(default_factory=CpuTimes.now)
 
     def strike(self, driver: Driver, cells: list[Cell], last_step: int) -> list[Cell]:
         """Carry cells out while the run is before `last_step`; returns those it had no time for."""
         left = list(cells)
         while left and driver.step() < last_step:
-            cell = left.pop(0)
+            cell, before = left.pop(0), CpuTimes.now()
             try:
                 outcome = driver.run(cell)
             except AssertionError as error:
@@ -34,7 +37,9 @@ class Report:
                 return left
             self.outcomes.append(outcome)
             took = "no pause" if outcome.seconds is None else f"{outcome.seconds:5.2f} s"
-            print(f"{took}  lost {outcome.steps_lost}  step {driver.step():4d}  {cell}", flush=True)
+            stolen = CpuTimes.now().stolen_percent(before)
+            note = f"  ({stolen:.0f} % of the CPUs stolen)" if stolen >= WORTH_TELLING else ""
+            print(f"{took}  lost {outcome.steps_lost}  step {driver.step():4d}  {cell}{note}", flush=True)
         return left
 
     def line(self, seed: int, seconds: float) -> dict[str, object]:
@@ -51,6 +56,7 @@ class Report:
             "adapters_differing": sum(c.adapter_distance > TOLERANCE for c in self.comparisons),
             **recovery(times),
             **self._growth(),
+            "stolen_cpu_percent": CpuTimes.now().stolen_percent(self.began),
             "seed": seed,
             "seconds": round(seconds),
         }
