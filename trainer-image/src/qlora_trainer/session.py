@@ -133,17 +133,17 @@ def micro_batch_size(config: TrainConfig, hf_config: Any, gpu_bytes: int) -> int
         raise BadConfig(str(error)) from error
 
 
-def fits_alone(config: TrainConfig, env: WorkerEnv) -> bool:
+def fits_alone(config: TrainConfig, env: WorkerEnv, hf_config: Any) -> bool:
     """Whether one device takes the whole base."""
-    hf_config, device = prepare(config, env).packed.hf_config, device_of(env)
+    device = device_of(env)
     micro_batch = micro_batch_size(config, hf_config, smallest_gpu(None, device))
     plan = plan_for(config, hf_config, None, device, micro_batch)
     return plan.fits and not plan.cpu_offload
 
 
-def set_up(config: TrainConfig, env: WorkerEnv, group: Group, kept: Kept) -> Session:
+def set_up(config: TrainConfig, env: WorkerEnv, group: Group, kept: Kept, prepared: Prepared | None = None) -> Session:
     """All parts, the base verified byte by byte; what an earlier generation `kept` is used. Raises as the parts do."""
-    prepared = prepare(config, env)
+    prepared = prepared or prepare(config, env)
     device = device_of(env)
     micro_batch = micro_batch_size(config, prepared.packed.hf_config, smallest_gpu(group.mesh, device))
     micro_batch = broadcast(micro_batch, 0, env)  # elasticPolicy may just have changed for some of the members

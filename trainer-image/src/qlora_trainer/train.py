@@ -26,7 +26,7 @@ from qlora_trainer.progress import Reporter
 from qlora_trainer.publish import find_published, publish
 from qlora_trainer.restore import Position, restore
 from qlora_trainer.samples import SampleSet
-from qlora_trainer.session import Session, fits_alone, make_ready, set_up
+from qlora_trainer.session import Session, fits_alone, make_ready, prepare, set_up
 from qlora_trainer.standing import Kept, next_place, stand
 
 ENV_CONFIG = "QLORA_CONFIG"
@@ -112,10 +112,11 @@ def _rehearse(config: TrainConfig, env: WorkerEnv, kept: Kept) -> None:
     Where the base does not fit on one device it is left to the first generation.
     """
     alone = replace(env, rank=0, world_size=1)
-    if not fits_alone(config, alone):
+    prepared = prepare(config, alone)
+    if not fits_alone(config, alone, prepared.packed.hf_config):
         return
     with process_group(alone) as group:
-        session = set_up(config, alone, group, kept)
+        session = set_up(config, alone, group, kept, prepared)
     first = session.data.plan.global_batch(0)[0]
     session.model.loss(*_tensors(session, first, session.data.samples, session.data.sequences), 1).backward()
 
