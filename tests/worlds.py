@@ -3,17 +3,20 @@
 import json
 import multiprocessing
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.ports import free_port
 
 from qlora_api.run import Command, RunIdentity, Termination, TrainConfig
 from qlora_api.types import QLoRAFinetuneSpec
 from qlora_trainer import control
-from qlora_trainer.control import Control, WorkerEnv, WorkerState
+from qlora_trainer.control import Assignment, Control, Phase, WorkerEnv, WorkerState
 from qlora_trainer.train import work
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -122,7 +125,7 @@ def make_config(base: Path, train_file: Path, output: str, **spec: dict[str, Any
 
 @dataclass
 class World:
-    """Pods of one run, one worker each, that can be started in any number again and again."""
+    """Pods of one run, one worker each, that can be started in any number again and again, or stand and be placed."""
 
     root: Path
     config: TrainConfig
@@ -174,6 +177,47 @@ class World:
             if termination := self.termination(pod):
                 print(termination.log_tail)
         return codes
+
+    def until(self, condition: Callable[[], Any], what: str, seconds: float = 100) -> None:
+        """Wait for it; where it doesn't come, the workers' stacks tell where each of them stands."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                for process in self.processes:
+                    if process.is_alive():
+                        os.kill(process.pid, signal.SIGUSR1)
+                time.sleep(1)
+                raise AssertionError(f"{what} did not happen within {seconds} s")
+            time.sleep(0.005)
+
+    def tell(self, pod: int, **told: Any) -> None:
+        """Fields of Control, as the pod's agent writes them where it gives out places."""
+        control.write_control(self.env(pod).run_dir, Control(assigns=True, **told))
+
+    def place(self, pods: list[int], **told: Any) -> None:
+        """These workers, who stand, are the next generation; `told`: as in `tell`."""
+        self.generation += 1
+        port = free_port()
+        for rank, pod in enumerate(pods):
+            env = self.env(pod)
+            self.tell(pod, generation=self.generation, **told)
+            where = Assignment(
+                generation=env.generation, rank=rank, world_size=len(pods), master_addr="127.0.0.1", master_port=port
+            )
+            control.write_assignment(env.run_dir, env.local_rank, where)
+
+    def rehearse(self, pod: int) -> None:
+        """Start a newcomer, which sets everything up alone, and wait until it stands."""
+        self.tell(pod)
+        env = replace(self.env(pod), generation=0)
+        process = self.context.Process(target=self.entry, args=(self.config, env), daemon=True)
+        process.start()
+        self.processes.append(process)
+        self.until(lambda: self.has_parked(pod), "the newcomer's rehearsal")
+
+    def has_parked(self, pod: int) -> bool:
+        state = self.state(pod)
+        return state is not None and state.phase == Phase.PARKED
 
     def kill(self) -> None:
         for process in self.processes:

@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 from hack.demo.kubectl import ROOT, Kubectl, program
 from kubernetes.aio import client, config
 from tests.integration.players import World
+from tests.ports import free_port
 
 from qlora_api.status import QLoRAFinetuneStatus
 from qlora_operator.kube import ApiError, Json, Kube
@@ -62,12 +62,6 @@ async def set_stage(kubeconfig: Path, operator: "OperatorProcess", prefix: str) 
     async with world.playing():
         yield Runs(kube, namespace), world
     await kube.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:

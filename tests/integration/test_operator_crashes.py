@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 from hack.demo.kubectl import Kubectl
-from tests.integration.operator_support import Runs, connect, free_port, make_certificate
+from tests.integration.operator_support import Runs, connect, make_certificate
 from tests.integration.players import World
+from tests.ports import free_port
 
 from qlora_api.status import QLoRAFinetuneStatus, State
 from qlora_operator.cluster import Cluster

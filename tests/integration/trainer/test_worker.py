@@ -1,11 +1,8 @@
 """Worker processes over gloo, from file:// sources to a file:// bucket: one world, changing worlds, broken worlds."""
 
 import json
-import socket
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,8 @@ import torch
 from qlora_api.run import Command, ExitCode
 from qlora_trainer import control
 from qlora_trainer.checkpoint import find_complete
-from qlora_trainer.control import Assignment, Control, Phase
+from qlora_trainer.control import Control, Phase
 from qlora_trainer.storage import FileStore
-from qlora_trainer.train import work
 
 MakeWorld = Callable[..., Any]
 NO_EVAL = {"evalFraction": 0.0}
@@ -112,15 +108,13 @@ def test_a_survivor_goes_on_in_its_process(make_world: MakeWorld, straight: Any)
     """Where the agent gives out places, a worker that lost its peer keeps its model and takes its state anew."""
     world = make_world("survivor", dataset=NO_EVAL)
     world.start([0, 1])
-    wait_for(lambda: world.state(1) and world.state(1).progress.step >= 2)
-    env = world.env(0)
-    control.write_control(env.run_dir, Control(generation=1, assigns=True))
+    world.until(lambda: world.state(1) and world.state(1).progress.step >= 2, "step 2")
+    world.tell(0, generation=1)
     world.processes[1].kill()
-    wait_for(lambda: world.state(0).phase == Phase.PARKED)
+    world.until(lambda: world.has_parked(0), "parking")
     assert world.termination(0).exit_code == ExitCode.LOST_PEER, "the operator wants to know"
     reached = world.state(0).progress.step
-    control.write_control(env.run_dir, Control(generation=2, assigns=True))
-    place(env, generation=2, world_size=1, port=1)
+    world.place([0])
     assert world.wait()[0] == ExitCode.OK
     assert order(world) == order(straight)
     assert min(line["step"] for line in world.traces() if line["generation"] == 2) >= reached - 1
@@ -132,28 +126,14 @@ def test_a_survivor_goes_alone_and_takes_a_newcomer_in(make_world: MakeWorld, st
     """2-1-2 with one process that stays: its base is sharded, whole and sharded again, its steps are nobody else's."""
     world = make_world("regrown", dataset=NO_EVAL)
     world.start([0, 1])
-    env, survivor = world.env(0), world.processes[0]
-    give = partial(control.write_control, env.run_dir)
-    wait_for(lambda: world.state(1) and world.state(1).progress.step >= 1)
-    give(Control(generation=1, assigns=True))
-    world.processes[1].kill()
-    wait_for(lambda: world.state(0).phase == Phase.PARKED)
-    newcomer_env = replace(world.env(1), generation=0)
-    control.clear_worker_files(newcomer_env.run_dir)
-    control.write_control(newcomer_env.run_dir, Control(assigns=True))
-    newcomer = world.context.Process(target=work, args=(world.config, newcomer_env), daemon=True)
-    newcomer.start()
-    wait_for(lambda: world.state(1) and world.state(1).phase == Phase.PARKED)  # it has rehearsed
-    place(env, generation=2, world_size=1, port=1)
-    give(Control(generation=2, prepare=3, assigns=True))  # one step alone
-    wait_for(lambda: (world.state(0).phase, world.state(0).generation) == (Phase.PARKED, 2))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for member, rank in ((newcomer_env, 1), (env, 0)):
-        place(member, generation=3, rank=rank, world_size=2, port=port)
-        control.write_control(member.run_dir, Control(generation=3, assigns=True))
-    world.processes = [survivor, newcomer]
+    world.until(lambda: world.state(1) and world.state(1).progress.step >= 1, "step 1")
+    world.tell(0, generation=1)
+    world.processes.pop().kill()
+    world.until(lambda: world.has_parked(0), "parking")
+    world.rehearse(1)
+    world.place([0], prepare=3)  # one step alone
+    world.until(lambda: world.has_parked(0) and world.state(0).generation == 2, "parking after a step alone")
+    world.place([0, 1])
     assert world.wait() == [ExitCode.OK, ExitCode.OK]
     assert order(world) == order(straight)
     assert {line["generation"] for line in world.traces()} == {1, 2, 3}
@@ -161,27 +141,11 @@ def test_a_survivor_goes_alone_and_takes_a_newcomer_in(make_world: MakeWorld, st
         torch.testing.assert_close(world.adapter()[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def place(env: Any, generation: int, world_size: int, port: int, rank: int = 0) -> None:
-    """As the agent gives it to the first worker of a pod."""
-    given = Assignment(
-        generation=generation, rank=rank, world_size=world_size, master_addr="127.0.0.1", master_port=port
-    )
-    control.write_assignment(env.run_dir, 0, given)
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-
-
 def test_prepare_parks_all_at_one_step(make_world: MakeWorld) -> None:
     """One agent's wish parks every rank at the same boundary, with snapshots of it."""
     world = make_world("parked", training={"maxSteps": 1000}, dataset=NO_EVAL)
     world.start([0, 1])
-    while not ((state := world.state(0)) and state.progress.step >= 2):
-        time.sleep(0.01)
+    world.until(lambda: world.state(0) and world.state(0).progress.step >= 2, "step 2")
     control.write_control(world.env(1).run_dir, Control(generation=1, prepare=2))
     while not all((state := world.state(pod)) and state.phase == Phase.PARKED for pod in (0, 1)):
         assert all(process.is_alive() for process in world.processes)

@@ -15,19 +15,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.distributed.device_mesh import DeviceMesh
+from torch.torch_version import TorchVersion
 
 from qlora_trainer.quant import ALIGNMENT
 
 ENV_PEERS = "QLORA_PEER_GATHER"  # "0": FSDP2 gathers even on one host
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 T = TypeVar("T")
+_num_rendezvous = 0  # of this process
 
 
 class PeerBase:
@@ -157,10 +159,32 @@ def _on_gpus(length: int, mesh: DeviceMesh, device: torch.device) -> list[Tensor
     """Each rank's shard on its GPU, mapped by the others."""
     if not _reach_each_other(mesh, device):
         return None
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # nothing here is multicast; setting it up takes time
+    if TorchVersion(torch.__version__) < "2.15":
+        _catch_up(mesh, device)
     own = symmetric_memory.empty(length, dtype=torch.uint8, device=device)
-    handle = symmetric_memory.rendezvous(own, mesh.get_group())
+    handle = _rendezvous(own, mesh.get_group())
     rank = mesh.get_local_rank()
     return [own if r == rank else handle.get_buffer(r, (length,), torch.uint8) for r in range(mesh.size())]
+
+
+def _rendezvous(own: Tensor, group: dist.ProcessGroup) -> Any:
+    global _num_rendezvous
+    _num_rendezvous += 1
+    return symmetric_memory.rendezvous(own, group)
+
+
+def _catch_up(mesh: DeviceMesh, device: torch.device) -> None:
+    """Bring every rank to the same number of rendezvous; those behind meet themselves.
+
+    torch before 2.15 numbers the messages of a process' rendezvous in one row, whatever the group (pytorch#196082): a
+    process that went through more generations than its peers would wait for theirs for ever.
+    """
+    most = _all_gather(_num_rendezvous, mesh)
+    if len(set(most)) > 1:
+        alone, _ = dist.new_subgroups(1, backend="gloo")
+        while _num_rendezvous < max(most):
+            _rendezvous(symmetric_memory.empty(1, dtype=torch.uint8, device=device), alone)
 
 
 def _in_files(length: int, mesh: DeviceMesh) -> list[Tensor]:
