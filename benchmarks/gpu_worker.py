@@ -3,6 +3,9 @@
 Run by bench_gpu.py, a process a GPU. The clock of `start_seconds` starts at T0 (environment; seconds since the epoch).
 """
 
+# ruff: noqa: F401, I001
+import qlora_trainer.preload  # first: so does the process that workers are forked from
+
 import contextlib
 import gc
 import json
@@ -174,8 +177,6 @@ def gaps(profiler: Any) -> dict[str, Any]:
 
 
 def main(cases_file: str, out: str) -> None:
-    import qlora_trainer.preload  # noqa: F401 - what a forked worker has in memory is no part of loading
-
     if CUDA:
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ:

@@ -59,7 +59,7 @@ def restore(session: Session) -> Position:
     source = 0 if from_bucket else -source
     if source == env.rank and not from_bucket:
         assert snapshot is not None
-        loaded = snapshot.load()
+        loaded = snapshot.view()  # copied before the next snapshot is written
     extra = broadcast(loaded[1] if loaded and source == env.rank else None, source, env)
     _require_same_sources(session, extra)
     if source == env.rank:

@@ -3,7 +3,7 @@
 Rules:
 * A slot is `header | table | payload`. Writing goes: invalidate the header, payload, table, header last. Whoever is
   killed in between leaves a slot whose header is void; the other slot still holds the step before.
-* The header carries its own checksum and one of table and payload; `newest()` looks at both.
+* The header carries its own checksum and one of table and payload; `newest()` looks at both, of the newest slot first.
 * The slots outlive the process (tmpfs), not the pod. One writer a pod: local rank 0.
 * The caller may change the state again after `copied()`; the snapshot counts after `wait()`. With `wait()` before the
   next optimizer step at most one completed step is ever lost.
@@ -120,33 +120,43 @@ class Snapshot:
     step: int
     generation: int
     path: Path
+    slot: mmap.mmap
+
+    def view(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors (CPU) by name, in the slot itself: until it is written again; and the extra values."""
+        header = _unpack(self.slot[: _HEADER.size + 8])
+        if header is None or (header.step, header.generation) != (self.step, self.generation):
+            raise ValueError(f"{self.path} was overwritten: load a snapshot before the next one is written")
+        table = json.loads(self.slot[_HEADER_BYTES : _HEADER_BYTES + header.table_bytes])
+        payload = torch.frombuffer(self.slot, dtype=torch.uint8)[-header.payload_bytes :]
+        state = {
+            name: payload[offset : offset + num_bytes].view(getattr(torch, dtype)).reshape(shape)
+            for name, dtype, shape, offset, num_bytes in table["tensors"]
+        }
+        return state, table["extra"]
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copies of the tensors (CPU) by name and the extra values; ValueError when the slot changed meanwhile."""
-        slot = self.path.read_bytes()
-        header = _unpack(slot)
-        if header is None or (header.step, header.generation) != (self.step, self.generation):
-            raise ValueError(f"{self.path} was overwritten: load a snapshot before the next one is written")
-        table = json.loads(slot[_HEADER_BYTES : _HEADER_BYTES + header.table_bytes])
-        payload = torch.frombuffer(bytearray(slot), dtype=torch.uint8)[-header.payload_bytes :]
-        state = {}
-        for name, dtype, shape, offset, num_bytes in table["tensors"]:
-            flat = payload[offset : offset + num_bytes].clone()
-            state[name] = flat.view(getattr(torch, dtype)).reshape(shape)
-        return state, table["extra"]
+        state, extra = self.view()
+        copies = {name: tensor.clone() for name, tensor in state.items()}
+        self.view()  # refuses when it was written while it was copied
+        return copies, extra
 
 
-def _verify(path: Path) -> Snapshot | None:
+def _verify(path: Path, slot: mmap.mmap | None = None) -> Snapshot | None:
+    """What the file holds, if it is whole; `slot`: where it is mapped already."""
     header = read_header(path)
     if header is None:
         return None
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-        if len(whole) < _HEADER_BYTES + header.table_bytes + header.payload_bytes:
-            return None
-        table = whole[_HEADER_BYTES : _HEADER_BYTES + header.table_bytes]
-        with memoryview(whole) as view, view[len(view) - header.payload_bytes :] as payload:
-            intact = _digest(table, payload) == header.digest
-    return Snapshot(header.step, header.generation, path) if intact else None
+    if slot is None:
+        with path.open("rb") as file:
+            slot = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants it writable
+    if len(slot) < _HEADER_BYTES + header.table_bytes + header.payload_bytes:
+        return None
+    table = slot[_HEADER_BYTES : _HEADER_BYTES + header.table_bytes]
+    with memoryview(slot) as view, view[len(view) - header.payload_bytes :] as payload:
+        intact = _digest(table, payload) == header.digest
+    return Snapshot(header.step, header.generation, path, slot) if intact else None
 
 
 @dataclass
@@ -251,8 +261,11 @@ class SnapshotSlots:
     def newest(self) -> Snapshot | None:
         """The newest complete snapshot, or None; a half-written or damaged slot is never chosen."""
         self.wait()
-        found = [snapshot for slot in self._slots if (snapshot := _verify(slot.path))]
-        return max(found, key=lambda s: (s.step, s.generation), default=None)
+        headers = [(header, slot) for slot in self._slots if (header := read_header(slot.path))]
+        for _, slot in sorted(headers, key=lambda found: (found[0].step, found[0].generation), reverse=True):
+            if snapshot := _verify(slot.path, slot.map):
+                return snapshot
+        return None
 
     def _write(self, step: int, generation: int, state: dict[str, Tensor], extra: dict[str, Any], ready: Any) -> None:
         try:
