@@ -29,6 +29,7 @@ from qlora_trainer.quant import Scheme
 from qlora_trainer.sharding import peers_of
 
 T0 = float(os.environ["T0"])
+IMPORTED = time.time() - T0
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if CUDA else torch.device("cpu")
@@ -77,7 +78,7 @@ def step(model: TrainableModel, optimizer: Optimizer, case: dict[str, Any], numb
 def run_case(case: dict[str, Any], peak: Peak) -> dict[str, Any]:
     result: dict[str, Any] = {"name": case["name"], "rank": RANK, "world_size": WORLD_SIZE}
     config = train_config(**case.get("sections", {}))
-    result["ready_s"] = round(time.time() - T0, 2)
+    result |= {"imported_s": round(IMPORTED, 2), "ready_s": round(time.time() - T0, 2)}
     begun = time.time()
     peak.gib = 0.0
     if CUDA:

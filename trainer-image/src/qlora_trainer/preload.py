@@ -7,7 +7,7 @@ Rules: imports only; nothing here may start a thread or touch a GPU (a CUDA cont
 # ruff: noqa: E402
 import gc
 
-gc.disable()  # imports make a million objects that stay: looking through them again and again took a quarter of the time
+gc.disable()  # imports make a million objects that stay: looking through them over and over took a quarter of the time
 
 import importlib
 import logging
@@ -24,7 +24,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # is_available() wi
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 _OURS = ("qlora_trainer.pod_agent", os.environ.get(ENV_WORKER, DEFAULT_WORKER).partition(":")[0])
-_IN_USE = ("torch._dynamo", "transformers", "accelerate", "matplotlib.figure")  # else imported when needed
+_IN_USE = ("torch._dynamo", "transformers", "accelerate")  # else imported when needed
 _AUTO = tuple(f"transformers.models.auto.{name}" for name in ("tokenization_auto", "modeling_auto", "auto_factory"))
 _CPU_ONLY = ("peft", "bitsandbytes")  # where there is a GPU, bitsandbytes asks it for its capability: a CUDA context
 _GPU_ONLY = ("torch._inductor.compile_fx", "qlora_trainer.kernels", "transformers.integrations.sdpa_attention")
