@@ -33,7 +33,7 @@ from qlora_trainer.control import (
 )
 from qlora_trainer.workers import OutputPump, num_oom_kills, work
 
-ENV_STAND = "QLORA_STAND"  # "0": every generation gets new workers; the default on GPUs until it is measured there
+ENV_STAND = "QLORA_STAND"  # "0": every generation gets new workers
 MONITOR_SECONDS = 0.05
 TAKE_SECONDS = 5.0  # for a standing worker to take its place: it looks fifty times a second
 EXIT_BARRIER_SECONDS = 10.0  # the store's host waits so long for its peers to end
@@ -66,7 +66,7 @@ class NodeAgent(LocalElasticAgent):
         self._assigned_at: float | None = None  # they were given one, and have not said a word since
         self._processes: list[Any] = []  # when all lived
         self._first_dead: set[int] = set()  # local ranks that ended before their siblings were ended for it
-        self._stands = os.environ.get(ENV_STAND, "0" if has_gpu() else "1") != "0"
+        self._stands = os.environ.get(ENV_STAND) != "0"
         if self._stands:
             board.assign_places(can_abandon=has_gpu())
 
