@@ -90,6 +90,7 @@ def _candidate(o: Observed, pod: Pod, settings: Settings) -> Candidate | None:
         fresh=agent.dropped is None and agent.age <= settings.fresh_seconds,
         highest=agent.highest,
         stalled=_is_stalled(o, agent, settings),
+        trains=report.progress is not None and report.progress.step < report.progress.total_steps,
     )
 
 

@@ -40,6 +40,7 @@ class Coordinator:
         self._gone: dict[Key, float] = {}  # since when
         self._news: dict[Key, asyncio.Event] = {}
         self._tokens: dict[bytes, tuple[float, PodIdentity | None]] = {}
+        self._reviews: dict[bytes, asyncio.Task[PodIdentity | None]] = {}  # under way
         self._clock = AttentiveClock()
         self._ticker: asyncio.Task[None] | None = None
         self.ready = False
@@ -70,9 +71,10 @@ class Coordinator:
         return self._tables
 
     def close(self) -> None:
-        """Stop the clock."""
-        if self._ticker is not None:
-            self._ticker.cancel()
+        """Stop the clock and what is under way."""
+        for task in (self._ticker, *self._reviews.values()):
+            if task is not None:
+                task.cancel()
 
     # The web application.
 
@@ -137,20 +139,33 @@ class Coordinator:
         return pod
 
     async def _review_cached(self, token: str) -> PodIdentity | None:
-        """TokenReview with a short memory; while the API server is away a known token is trusted for longer."""
+        """TokenReview with a memory. A known token's report never waits for the API server: it is reviewed meanwhile,
+        and trusted for longer while the API server is away."""
         digest, now = hashlib.sha256(token.encode()).digest(), time.monotonic()
-        known = self._tokens.get(digest)
-        if known is not None and now - known[0] < (_TRUSTED_SECONDS if known[1] else _REFUSED_SECONDS):
-            return known[1]
+        since, pod = self._tokens.get(digest, (-_STALE_SECONDS, None))
+        if now - since < (_TRUSTED_SECONDS if pod else _REFUSED_SECONDS):
+            return pod
+        review = self._reviews.get(digest)
+        if review is None:
+            review = self._reviews[digest] = asyncio.create_task(self._remember(digest, token), name="token review")
+            review.add_done_callback(lambda done: self._reviewed(digest, done))
+        if pod is not None and now - since < _STALE_SECONDS:
+            return pod
         try:
-            pod = await self._review(token)
+            return await asyncio.shield(review)
         except (OSError, ClientError, TimeoutError) as error:
-            if known is not None and known[1] is not None and now - known[0] < _STALE_SECONDS:
-                return known[1]
             raise web.HTTPServiceUnavailable(text="the API server cannot be asked about the token") from error
+
+    def _reviewed(self, digest: bytes, review: asyncio.Task[PodIdentity | None]) -> None:
+        self._reviews.pop(digest, None)
+        if not review.cancelled() and (error := review.exception()):
+            log.debug("a token could not be reviewed: %s", error)
+
+    async def _remember(self, digest: bytes, token: str) -> PodIdentity | None:
+        pod = await self._review(token)
         if len(self._tokens) >= _CACHED_TOKENS:
             self._tokens.clear()
-        self._tokens[digest] = (now, pod)
+        self._tokens[digest] = (time.monotonic(), pod)
         return pod
 
     def _table(self, key: Key) -> RunTable:

@@ -6,7 +6,7 @@ The rules, in one place:
 * A change has two phases. `prepare` = generation + 1 calls every live member to the rendezvous; the generation is
   published once all of them stand there (READY), so a dead member that is not yet known to be dead is never published.
 * Wanted is a change when a member is lost or leaving, has left its workers (READY or FAILED under this generation),
-  hangs, or when a fully warm newcomer stands READY and everybody of this generation already runs.
+  hangs, or when a fully warm newcomer stands READY and everybody of this generation already trains.
 * Once wanted, a change stays wanted until it is published: agents have stopped their workers for it.
 * Survivors keep their order, newcomers go last: the first member hosts the store and is a source of the state.
 * A report that was under way when a generation was published cannot undo it: READY under an older generation is a
@@ -39,6 +39,7 @@ class Candidate:
     highest: int = 0  # newest that it ever joined: above `joined` when the agent itself began anew
     stalled: bool = False  # this generation was published a while ago, and it has not come in
     fresh: bool = True  # it reported a moment ago, its connection stands
+    trains: bool = True  # its workers are past their start and before the run's end
 
     @property
     def standing(self) -> bool:
@@ -139,9 +140,9 @@ def _anyone_left(view: View) -> bool:
 
 
 def _can_grow(view: View) -> bool:
-    """A newcomer stands and all members run: growing does not disturb a start or the end of the run."""
+    """A newcomer stands and all members train: growing does not disturb a start or the end of the run."""
     members = [candidate for candidate in view.candidates if _is_member(view, candidate)]
-    settled = all(c.state == AgentState.RUNNING and c.joined == view.generation for c in members)
+    settled = all(c.state == AgentState.RUNNING and c.joined == view.generation and c.trains for c in members)
     newcomer = any(c.standing and not _is_member(view, c) for c in view.candidates)
     return newcomer and settled and len(members) < view.max_nodes
 

@@ -28,13 +28,17 @@ class Stage:
         self.reviews: list[str] = []
         self.woken: list[Key] = []
         self.away = False
+        self.slow: asyncio.Event | None = None
+        self.forgotten: set[str] = set()
         self.coordinator = Coordinator(SETTINGS, self.review, self.woken.append)
 
     async def review(self, token: str) -> PodIdentity | None:
         self.reviews.append(token)
         if self.away:
             raise ConnectionError("no API server")
-        return TOKENS.get(token)
+        if self.slow is not None:
+            await self.slow.wait()
+        return None if token in self.forgotten else TOKENS.get(token)
 
     async def post(self, token: str = "good", **report: Any) -> ClientResponse:
         body = {"address": "10.0.0.1", "state": "Ready", "waitSeconds": 0, **report}
@@ -76,6 +80,19 @@ async def test_a_known_token_outlives_an_absent_api_server(stage: Stage, monkeyp
     monkeypatch.setattr("qlora_operator.coordinator._TRUSTED_SECONDS", 0.0)
     assert (await stage.post()).status == 200
     assert (await stage.post("foreign")).status == 503
+
+
+async def test_a_known_token_does_not_wait_for_its_review(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.publish(0)
+    await stage.post()
+    monkeypatch.setattr("qlora_operator.coordinator._TRUSTED_SECONDS", 0.0)
+    stage.slow = asyncio.Event()
+    async with asyncio.timeout(5):
+        assert [(await stage.post()).status for _ in range(3)] == [200] * 3
+    assert stage.reviews == ["good", "good"], "one at a time"
+    stage.forgotten.add("good")
+    stage.slow.set()
+    assert 401 in [(await stage.post()).status for _ in range(50)]
 
 
 async def test_an_answer_is_held_until_there_is_news(stage: Stage) -> None:

@@ -80,6 +80,12 @@ def test_a_newcomer_waits_until_the_members_run_and_goes_last() -> None:
     assert uids(standing) == ["uid-1", "uid-0"]
 
 
+def test_a_newcomer_disturbs_neither_a_start_nor_the_end() -> None:
+    busy = replace(candidate(1, RUNNING, 4), trains=False)  # restores, or publishes
+    assert plan(view(4, [1], busy, candidate(0))).phase == Phase.STEADY
+    assert plan(view(4, [1, 2], busy, candidate(0))).phase == Phase.PREPARING, "a lost member is another matter"
+
+
 def test_a_late_report_of_the_old_generation_does_not_undo_the_new_one() -> None:
     assert plan(view(5, [0, 1], candidate(0, READY, 4), candidate(1, RUNNING, 5))).phase == Phase.STEADY
 

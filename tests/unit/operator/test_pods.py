@@ -127,6 +127,7 @@ def test_the_template_is_merged_by_name_and_cannot_take_the_identity() -> None:
             "nodeSelector": {"gpu": "h200"},
             "tolerations": [{"key": "spot", "operator": "Exists"}],
             "enableServiceLinks": None,
+            "dnsConfig": {"options": [{"name": "ndots", "value": "5"}]},
             "containers": [
                 {"name": "trainer", "env": [{"name": "HOME", "value": "/h"}, {"name": "NCCL_DEBUG", "value": "INFO"}]},
                 {"name": "sidecar", "image": "s"},
@@ -140,6 +141,7 @@ def test_the_template_is_merged_by_name_and_cannot_take_the_identity() -> None:
     spec = pod["spec"]
     assert spec["serviceAccountName"] == "r-qlora" and spec["automountServiceAccountToken"] is False
     assert spec["nodeSelector"] == {"gpu": "h200"} and len(spec["tolerations"]) == 3
+    assert spec["dnsConfig"] == {"options": [{"name": "ndots", "value": "5"}]}
     assert "enableServiceLinks" not in spec and [c["name"] for c in spec["containers"]] == ["trainer", "sidecar"]
     env = {item["name"]: item.get("value") for item in container(pod)["env"]}
     assert (env["HOME"], env["NCCL_DEBUG"], env["HF_HOME"]) == ("/h", "INFO", "/cache/huggingface")
