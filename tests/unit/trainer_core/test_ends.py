@@ -8,7 +8,8 @@ import pytest
 from qlora_api.names import Reason
 from qlora_api.run import NEVER_RETRIED, Command, ExitCode
 from qlora_trainer import control, errors
-from qlora_trainer.control import Control, Phase, WorkerEnv, WorkerState
+from qlora_trainer.control import Assignment, Control, Phase, WorkerEnv, WorkerState
+from qlora_trainer.standing import next_place
 from qlora_trainer.train import guarded
 
 
@@ -51,6 +52,23 @@ def test_guarded_leaves_a_termination(env: WorkerEnv, make_config: Any, tmp_path
     termination = control.read_termination(env.run_dir, 0)
     assert termination is not None and termination.step == 5 and len(termination.message) <= errors.MAX_TEXT
     assert guarded(job, tmp_path / "no-config.json", env) == ExitCode.BAD_CONFIG
+
+
+def test_a_worker_that_stood_tells_the_rank_that_it_took(
+    env: WorkerEnv, make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")  # as of the rehearsal
+    place = Assignment(generation=4, rank=2, world_size=3, master_addr="10.0.0.1", master_port=4711)
+    control.write_assignment(env.run_dir, 0, place)
+
+    def job(config: Any, env: WorkerEnv) -> None:
+        assert next_place(env).rank == 2
+        raise errors.CorruptBase("layer 3")
+
+    assert guarded(job, make_config(), env) == ExitCode.CORRUPT_BASE
+    termination = control.read_termination(env.run_dir, 0)
+    assert termination is not None and termination.rank == 2
 
 
 def test_files_between_agent_and_worker(env: WorkerEnv) -> None:

@@ -68,7 +68,8 @@ def guarded(job: Callable[[TrainConfig, WorkerEnv], object], config: TrainConfig
         return ExitCode.OK
     except Exception as error:
         state = read_worker_state(env.run_dir, env.local_rank)
-        termination = classify(error, env.rank, state.progress.step if state else 0)
+        rank = int(os.environ.get("RANK", env.rank))  # the place that it took last, not the one that it was started for
+        termination = classify(error, rank, state.progress.step if state else 0)
         write_termination(env.run_dir, env.local_rank, termination)
         print(termination.log_tail or termination.message, file=sys.stderr)
         return ExitCode(termination.exit_code)
