@@ -43,10 +43,12 @@ def run_ours(folder: Path, steps: int) -> tuple[list[float], list[float]]:
     from qlora_trainer.loader import ensure_packed
     from qlora_trainer.model import build_model
     from qlora_trainer.optim import Optimizer
+    from qlora_trainer.sources import Source
 
     cpu = torch.device("cpu")
     config = train_config(training={"max_length": LENGTH, "gradient_checkpointing": "none"})
-    model = build_model(config, ensure_packed(config, folder, folder / "cache", cpu), None, cpu, MICRO_BATCH)
+    base = Source(path=folder, files=[], digest=folder.name)
+    model = build_model(config, ensure_packed(config, base, folder / "cache", cpu), None, cpu, MICRO_BATCH)
     model.verify()
     optimizer = Optimizer(config, model.adapter, 1)
     durations, losses = [], []

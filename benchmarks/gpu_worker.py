@@ -27,6 +27,7 @@ from qlora_trainer.optim import Optimizer
 from qlora_trainer.peers import ENV_PEERS
 from qlora_trainer.quant import Scheme
 from qlora_trainer.sharding import peers_of
+from qlora_trainer.sources import Source
 
 T0 = float(os.environ["T0"])
 IMPORTED = time.time() - T0
@@ -84,7 +85,8 @@ def run_case(case: dict[str, Any], peak: Peak) -> dict[str, Any]:
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     if "model_dir" in case:
-        packed = ensure_packed(config, Path(case["model_dir"]), Path(case["cache_dir"]), DEVICE)
+        base = Source(path=Path(case["model_dir"]), files=[], digest=case["model_dir"])  # hashing is not measured
+        packed = ensure_packed(config, base, Path(case["cache_dir"]), DEVICE)
     else:
         quantization = config.spec.quantization
         scheme = Scheme(quantization.type, quantization.double_quant, torch.bfloat16)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_trainer.loader import ensure_packed
 from qlora_trainer.model import build_model
 from qlora_trainer.quant import Scheme, align, dequantize, place, quantize_into, read_tables
+from qlora_trainer.sources import Source
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +24,8 @@ def build(folder, tmp_path, gpu, compile_layers="0", **sections):
 
     os.environ["QLORA_COMPILE"] = compile_layers
     config = train_config(**sections)
-    model = build_model(config, ensure_packed(config, folder, tmp_path, gpu), None, gpu, 1)
+    base = Source(path=folder, files=[], digest=folder.name)
+    model = build_model(config, ensure_packed(config, base, tmp_path, gpu), None, gpu, 1)
     model.verify()
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.trainable.items():

@@ -20,6 +20,7 @@ from qlora_trainer.model import build_model
 from qlora_trainer.optim import Optimizer
 from qlora_trainer.peers import ENV_PEERS
 from qlora_trainer.sharding import open_layer, packed_parameter, peers_of, shard_layer, shard_root
+from qlora_trainer.sources import Source
 
 FULL = {"sharding_strategy": "FULL_SHARD"}
 NUM_MICRO, NUM_STEPS, NUM_BYTES = 4, 6, 1 << 26
@@ -33,7 +34,8 @@ def train(
     """Steps `first`..NUM_STEPS; at step 3 one rank's state is saved, and a `first` of 3 starts from it."""
     config = train_config(training={**training, "warmup_ratio": 0, "lr_scheduler": "constant", "learning_rate": 1e-3})
     os.environ[ENV_PEERS] = str(int(peers))
-    model = build_model(config, ensure_packed(config, folder / "model", folder, DEVICE), mesh, DEVICE, 1)
+    base = Source(path=folder / "model", files=[], digest=folder.name)
+    model = build_model(config, ensure_packed(config, base, folder, DEVICE), mesh, DEVICE, 1)
     model.verify()
     optimizer = Optimizer(config, model.adapter, WORLD_SIZE)
     state = folder / "state.pt"

@@ -18,6 +18,7 @@ from qlora_trainer.loader import ensure_packed
 from qlora_trainer.model import TrainableModel, build_model
 from qlora_trainer.peers import ENV_PEERS
 from qlora_trainer.sharding import own_part
+from qlora_trainer.sources import Source
 
 NUM_MICRO = 6  # of one global batch, whatever the number of ranks
 CPU = torch.device("cpu")
@@ -26,7 +27,8 @@ CPU = torch.device("cpu")
 def train(config: TrainConfig, model_dir: Path, cache_dir: Path, rank: int, world_size: int) -> dict[str, Any]:
     """Two steps of plain gradient descent over micro batches that do not depend on the number of ranks."""
     mesh = init_device_mesh("cpu", (world_size,))
-    model = build_model(config, ensure_packed(config, model_dir, cache_dir, CPU), mesh, CPU, 1)
+    base = Source(path=model_dir, files=[], digest=model_dir.name)
+    model = build_model(config, ensure_packed(config, base, cache_dir, CPU), mesh, CPU, 1)
     model.verify()
     tokens = torch.randint(1, 300, (NUM_MICRO, 24), generator=torch.Generator().manual_seed(3))
     losses = {}

@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.sources import source_of
 
+from qlora_trainer.control import WorkerEnv
 from qlora_trainer.errors import BadModel
 from qlora_trainer.loader import PackedModel, ensure_packed, open_packed
 from qlora_trainer.packing import build
 from qlora_trainer.quant import Scheme, fingerprint
+from qlora_trainer.sources import ensure_model
+from qlora_trainer.weights import read_header, weight_files
 
 CPU = torch.device("cpu")
 SCHEME = Scheme("nf4", True, torch.bfloat16)
@@ -160,13 +164,13 @@ def test_a_subclass_overrides_read_layer_alone(reference):
 
 def test_a_torn_layer_says_what_to_do_and_is_built_anew(checkpoint, config_of, cache):
     config = config_of()
-    packed = ensure_packed(config, checkpoint(), cache, CPU)
+    packed = ensure_packed(config, source_of(checkpoint()), cache, CPU)
     path, size = packed.folder / packed.layers[1].file, packed.layers[1].size
     whole = path.read_bytes()
     path.write_bytes(whole[: size // 2])
     with pytest.raises(BadModel, match=f"ends at byte {size // 2}, .*Delete it"):
         packed.load_layers([(1, 0, size, torch.empty(size, dtype=torch.uint8))], staged=True)
-    ensure_packed(config, checkpoint(), cache, CPU)
+    ensure_packed(config, source_of(checkpoint()), cache, CPU)
     assert path.read_bytes() == whole
     assert json.loads((packed.folder / "index.json").read_text())["format"] == 1
 
@@ -174,9 +178,48 @@ def test_a_torn_layer_says_what_to_do_and_is_built_anew(checkpoint, config_of, c
 @pytest.mark.parametrize("torn", ["index.json", "rest.safetensors", "layer-00001.bin", "layer-00001.json"])
 def test_what_a_crash_of_the_node_tore_is_built_anew(torn, checkpoint, config_of, cache):
     config = config_of()
-    packed = ensure_packed(config, checkpoint(), cache, CPU)
+    packed = ensure_packed(config, source_of(checkpoint()), cache, CPU)
     whole = content(packed.folder)
     (packed.folder / torn).write_bytes(whole[torn][:1000] if torn == "rest.safetensors" else b"")
     if torn.startswith("layer"):  # before the index was written
         (packed.folder / "index.json").unlink()
-    assert content(ensure_packed(config, checkpoint(), cache, CPU).folder) == whole
+    assert content(ensure_packed(config, source_of(checkpoint()), cache, CPU).folder) == whole
+
+
+def test_weights_that_were_edited_in_place_are_another_base(model_dir, config_of, tmp_path, cache):
+    """Any byte counts: the file keeps its size and its header."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    path = folder / "a.safetensors"
+    save_file(load_file(path) | {"model.embed_tokens.weight": torch.randn(16384, 64)}, path)
+    changes = {"vocab_size": 16384}
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
+    config = config_of(model={"uri": f"file://{folder}"})
+
+    def pack(run: str) -> PackedModel:
+        env = WorkerEnv(0, 0, 1, 1, tmp_path / run, cache, tmp_path, "cpu")
+        return ensure_packed(config, ensure_model(config, env), cache, CPU)
+
+    before, again = pack("before"), pack("again")
+    assert before.folder == again.folder
+    with path.open("r+b") as file:
+        file.seek(read_header(path)["model.embed_tokens.weight"].offset + 100_003)
+        file.write(b"\x41")
+    after = pack("after")
+    assert after.folder != before.folder
+    name = "model.embed_tokens.weight"
+    assert not torch.equal(after.read_rest(CPU)[name], before.read_rest(CPU)[name])
+
+
+def test_a_model_may_be_named_by_its_file(checkpoint, config_of, tmp_path, cache):
+    """What is read beside the file is in the digest, too."""
+    env = WorkerEnv(0, 0, 1, 1, tmp_path, cache, tmp_path, "cpu")
+    source = ensure_model(config_of(model={"uri": f"file://{checkpoint()}/model.safetensors"}), env)
+    assert source.path == checkpoint() and "config.json" in source.files
+
+
+def test_weights_in_other_folders_are_refused(tmp_path):
+    names = {"weight_map": {"a": "model.safetensors", "b": "more/model.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(names))
+    with pytest.raises(BadModel, match="put all of them beside it"):
+        weight_files(tmp_path)

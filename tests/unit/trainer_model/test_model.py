@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from tests.sources import source_of
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_trainer.errors import BadConfig, BadModel, CorruptBase
@@ -18,7 +19,7 @@ FAMILIES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2
 
 
 def build(config, model_dir, cache):
-    return build_model(config, ensure_packed(config, model_dir, cache, CPU), None, CPU, 1)
+    return build_model(config, ensure_packed(config, source_of(model_dir), cache, CPU), None, CPU, 1)
 
 
 def batch(length=24, rows=2):
@@ -193,7 +194,7 @@ def test_a_lone_rank_offloads_its_base(checkpoint, config_of, cache):
 
 def test_damage_on_disk_is_refused_and_built_anew(checkpoint, config_of, cache):
     config = config_of()
-    packed = ensure_packed(config, checkpoint(), cache, CPU)
+    packed = ensure_packed(config, source_of(checkpoint()), cache, CPU)
     file = packed.folder / packed.layers[1].file
     content = bytearray(file.read_bytes())
     content[100] ^= 4
@@ -208,7 +209,7 @@ def test_damage_on_disk_is_refused_and_built_anew(checkpoint, config_of, cache):
 def test_builders_share_one_cache(checkpoint, config_of, cache):
     config, folder = config_of(quantization={"type": "fp4"}), checkpoint()
     with ThreadPoolExecutor(4) as pool:
-        packed = list(pool.map(lambda _: ensure_packed(config, folder, cache, CPU), range(4)))
+        packed = list(pool.map(lambda _: ensure_packed(config, source_of(folder), cache, CPU), range(4)))
     assert len({p.digest for p in packed}) == 1
     assert sorted(p.name for p in (cache / "packed").iterdir()) == [packed[0].digest]
     build(config, checkpoint(), cache).verify()
@@ -221,7 +222,7 @@ def test_wrong_models_are_refused(checkpoint, config_of, cache, tmp_path):
         build(config_of(lora={"target_modules": ["nothing"]}), checkpoint(), cache)
     (folder / "model.safetensors").unlink()
     with pytest.raises(BadModel, match="safetensors"):
-        ensure_packed(config_of(), folder, cache, CPU)
+        ensure_packed(config_of(), source_of(folder), cache, CPU)
     with pytest.raises(BadModel, match="no causal LM"):
         build_skeleton(AutoConfig.for_model("vit"), torch.float32)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.sources import source_of
 
 from qlora_trainer.loader import ensure_packed
 from qlora_trainer.model import build_model, move, obstacles, plan_for
@@ -13,7 +14,7 @@ CPU = torch.device("cpu")
 def trained(config_of, checkpoint, cache):
     """(config, packed base, plan, model after a backward pass with an adapter that is no longer the first one)."""
     config = config_of()
-    packed = ensure_packed(config, checkpoint(), cache, CPU)
+    packed = ensure_packed(config, source_of(checkpoint()), cache, CPU)
     model = build_model(config, packed, None, CPU, 1)
     for parameter in model.trainable.values():
         parameter.data += 0.01
@@ -60,5 +61,5 @@ def test_what_keeps_it_from_going_on(trained, config_of, sections, changes, reas
 
 def test_another_base_is_an_obstacle(trained, config_of, checkpoint, tmp_path):
     config, _, plan, model = trained
-    other = ensure_packed(config, checkpoint("llama-tied"), tmp_path, CPU)
+    other = ensure_packed(config, source_of(checkpoint("llama-tied")), tmp_path, CPU)
     assert obstacles(model, config, other, plan) == ["another base"]

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from qlora_api.run import TrainConfig
 from qlora_trainer.errors import BadModel
-from qlora_trainer.packing import FORMAT, PackedLayer, build, digest_of
+from qlora_trainer.packing import FORMAT, PackedLayer, build, key_of
 from qlora_trainer.quant import FP_TYPES, Scheme, Stored, Tables, fingerprint
 from qlora_trainer.skeleton import read_hf_config
+from qlora_trainer.sources import Source
 from qlora_trainer.staging import ReadJob, Stager, read_into
 from qlora_trainer.weights import read_header, read_tensors
 
@@ -86,16 +87,15 @@ class PackedModel:
             return Tables(file.get_tensor("tables.code4"), file.get_tensor("tables.code8"))
 
 
-def ensure_packed(config: TrainConfig, model_dir: Path, cache_dir: Path, device: torch.device) -> PackedModel:
-    """The packed base of `model_dir` under `cache_dir`, built if need be on `device`. Raises BadModel."""
+def ensure_packed(config: TrainConfig, model: Source, cache_dir: Path, device: torch.device) -> PackedModel:
+    """The packed base of `model` under `cache_dir`, built if need be on `device`. Raises BadModel."""
     spec = config.spec
     quantization = spec.quantization
     scheme = Scheme(quantization.type, quantization.double_quant, FP_TYPES[quantization.storage_dtype])
-    digest = digest_of(model_dir, scheme, device.type)
-    folder = cache_dir / "packed" / digest
+    folder = cache_dir / "packed" / key_of(model.digest, scheme, device.type)
     while not _is_complete(folder):  # again where a crash of the node tore what an earlier start had built
         folder.mkdir(parents=True, exist_ok=True)
-        build(model_dir, folder, scheme, device, spec.model.trust_remote_code)
+        build(model.path, folder, scheme, device, spec.model.trust_remote_code)
     return open_packed(folder, spec.model.trust_remote_code)
 
 

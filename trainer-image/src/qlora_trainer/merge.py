@@ -140,7 +140,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config, env = read_config(arguments.config), WorkerEnv.of_environment()
     model = ensure_model(config, env)
-    packed = ensure_packed(config, model.path, env.cache_dir, device_of(env))
+    packed = ensure_packed(config, model, env.cache_dir, device_of(env))
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="adapter-") as name:
         adapter = arguments.adapter or _fetch_adapter(*open_output(config, env), Path(name))

@@ -23,11 +23,10 @@ from qlora_trainer.errors import BadModel
 from qlora_trainer.quant import Scheme, Stored, align, fingerprint, place, quantize_into, read_tables
 from qlora_trainer.skeleton import CausalLM, build_skeleton, decoder_layers, decoder_linears, read_hf_config
 from qlora_trainer.staging import Stager, finish, write_tensor
-from qlora_trainer.weights import Weights, weight_files, write_safetensors
+from qlora_trainer.weights import Weights, write_safetensors
 
 FORMAT = 1
 NUM_BUILDERS = 3  # threads a GPU: one writes while another reads, and one more for what is not quantized
-_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 _POLL_SECONDS = 0.01  # between looks at a layer that another process builds
 
 
@@ -41,23 +40,13 @@ class PackedLayer:
     fingerprint: tuple[int, int]
 
 
-def digest_of(model_dir: Path, scheme: Scheme, device_type: str) -> str:
-    """Key of the packed folder: the scheme, the kind of device, config.json, and of every file size, header, samples.
+def key_of(model_digest: str, scheme: Scheme, device_type: str) -> str:
+    """Name of the packed folder; model_digest: over all content of the model's files (`Source.digest`).
 
-    The kind of device, because bitsandbytes rounds ties differently on CPU and GPU. Samples, because hashing all of a
-    140 GB model would take minutes at every start; two models that agree in all of this are the same.
+    The kind of device, because bitsandbytes rounds ties differently on CPU and GPU.
     """
-    state = hashlib.sha256(f"{FORMAT} {scheme.type} {scheme.double} {scheme.dtype} {device_type}".encode())
-    state.update((model_dir / "config.json").read_bytes())
-    for path in weight_files(model_dir):
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-            state.update(f"{path.name} {size}".encode() + file.read(header))
-            for sample in range(_SAMPLES):
-                file.seek(8 + header + (size - 8 - header) * sample // _SAMPLES)
-                state.update(file.read(_SAMPLE_BYTES))
-    return state.hexdigest()[:32]
+    made_of = f"{FORMAT} {scheme.type} {scheme.double} {scheme.dtype} {device_type} {model_digest}"
+    return hashlib.sha256(made_of.encode()).hexdigest()[:32]
 
 
 def build(

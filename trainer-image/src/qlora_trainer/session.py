@@ -94,7 +94,7 @@ def prepare(config: TrainConfig, env: WorkerEnv) -> Prepared:
     """Model, samples and packed base on this node's disk."""
     model = ensure_model(config, env)
     data = _prepare_data(config, env, model)
-    packed = ensure_packed(config, model.path, env.cache_dir, device_of(env))
+    packed = ensure_packed(config, model, env.cache_dir, device_of(env))
     return Prepared(model, packed, data)
 
 

@@ -105,7 +105,9 @@ def _locate(
         if not path.exists():
             raise bad(f"{uri}: {path} does not exist in the trainer pod; correct the URI or mount the volume")
         if path.is_file():
-            return path.parent, [path.name]
+            if path.suffix != ".safetensors":
+                return path.parent, [path.name]
+            path = path.parent  # what belongs to it lies beside it
         found = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
         if not found:
             raise bad(f"{uri}: {path} holds no file in the trainer pod; correct the URI or fill the volume")

@@ -92,7 +92,10 @@ def weight_files(model_dir: Path) -> list[Path]:
     """The safetensors files of a model folder: those that its index names, else all. Raises BadModel."""
     index = model_dir / "model.safetensors.index.json"
     if index.is_file():
-        return [model_dir / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if any("/" in name for name in names):  # no source brings these, and no digest covers them
+            raise BadModel(f"{index} names weights in other folders: put all of them beside it")
+        return [model_dir / name for name in names]
     files = sorted(path for path in model_dir.glob("*.safetensors") if not path.name.startswith("consolidated"))
     if not files:
         raise BadModel(f"{model_dir} has no *.safetensors: convert the weights (pickled *.bin are never read)")
