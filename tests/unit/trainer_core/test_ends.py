@@ -1,15 +1,20 @@
 """Why a worker ends, and the files that tell it."""
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from qlora_api.names import Reason
 from qlora_api.run import NEVER_RETRIED, Command, ExitCode
-from qlora_trainer import control, errors
+from qlora_trainer import control, errors, train
+from qlora_trainer.checkpoint import CheckpointWriter
 from qlora_trainer.control import Assignment, Control, Phase, WorkerEnv, WorkerState
 from qlora_trainer.standing import next_place
+from qlora_trainer.storage import FileStore
 from qlora_trainer.train import guarded
 
 
@@ -69,6 +74,32 @@ def test_a_worker_that_stood_tells_the_rank_that_it_took(
     assert guarded(job, make_config(), env) == ExitCode.CORRUPT_BASE
     termination = control.read_termination(env.run_dir, 0)
     assert termination is not None and termination.rank == 2
+
+
+def test_a_stop_at_the_step_of_a_save_under_way_saves_it_once(env: WorkerEnv, tmp_path: Path) -> None:
+    uploads: list[str] = []
+
+    class Slow(FileStore):
+        def put(self, key: str, data: bytes | Path, if_none_match: bool = False) -> bool:
+            time.sleep(0.1)
+            uploads.append(key)
+            return super().put(key, data, if_none_match)
+
+    def stop_at(step: int) -> None:
+        told = SimpleNamespace(stopped=lambda *_: None, saved=lambda *_: None, alive=lambda: None)
+        told.save_started = lambda *_: None
+        position = SimpleNamespace(step=step, to_extra=lambda session: {"step": step})
+        session = SimpleNamespace(env=env, checkpoints=checkpoints, snapshots=None, optimizer=optimizer)
+        with pytest.raises(errors.Stopped):
+            train._park(session, position, told, stop=True)  # type: ignore[arg-type]
+
+    checkpoints = CheckpointWriter(Slow(tmp_path), keep=2, mesh=None)
+    optimizer = SimpleNamespace(state=lambda: {"adapter.master": torch.ones(8)})
+    checkpoints.save(4, env.generation, optimizer.state(), {"step": 4})
+    stop_at(4)
+    assert checkpoints.newest is not None and checkpoints.newest.step == 4 and len(uploads) == 2
+    stop_at(5)
+    assert checkpoints.newest.step == 5 and len(uploads) == 4
 
 
 def test_files_between_agent_and_worker(env: WorkerEnv) -> None:

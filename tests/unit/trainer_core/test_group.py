@@ -1,10 +1,18 @@
 """Groups that were broken off: nothing that came out of them counts, whatever it looks like."""
 
-import pytest
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
+import pytest
+import torch
+
+from qlora_trainer import train
 from qlora_trainer.control import WorkerEnv
+from qlora_trainer.data import Sequences
 from qlora_trainer.errors import LostPeer, MembersChange
 from qlora_trainer.group import Group, process_group
+from qlora_trainer.report import History
 
 
 def test_the_result_of_a_group_that_was_broken_off_is_refused() -> None:
@@ -25,3 +33,31 @@ def test_whatever_comes_of_it_is_a_lost_peer(env: WorkerEnv) -> None:
 def test_other_errors_stay_what_they_are(env: WorkerEnv, error: Exception) -> None:
     with pytest.raises(type(error), match=str(error)), process_group(env):
         raise error
+
+
+def test_an_evaluation_that_was_broken_off_is_not_kept(env: WorkerEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    group, model = Group(), SimpleNamespace(eval=lambda: None, train=lambda: None)
+    data = SimpleNamespace(
+        eval_sequences=Sequences(np.arange(3), np.arange(4), np.ones(3, np.int64)),
+        eval_samples=None,
+        plan=SimpleNamespace(micro_batch_size=1),
+    )
+    optimizer = SimpleNamespace(keep_best=lambda: None)
+    session: Any = SimpleNamespace(env=env, data=data, model=model, optimizer=optimizer, group=group, snapshots=None)
+    position: Any = SimpleNamespace(step=2, history=History())
+    reporter: Any = SimpleNamespace(alive=lambda: None, evaluated=lambda *_: None)
+
+    def loss(_session: Any, micro: Any, *_: Any) -> torch.Tensor:
+        if micro.index == breaks_at:
+            group.broken_off.set()  # whatever it is, it came through collectives that did not end
+        return torch.tensor(0.5)
+
+    monkeypatch.setattr(train, "_loss", loss)
+    breaks_at = 2
+    with pytest.raises(LostPeer):
+        train._evaluate(session, position, reporter)
+    assert not position.history.evaluations
+    group.broken_off.clear()
+    breaks_at = -1
+    train._evaluate(session, position, reporter)
+    assert position.history.evaluations == [(2, 1.5)]

@@ -236,6 +236,7 @@ def _evaluate(session: Session, position: Position, reporter: Reporter) -> None:
         part = torch.tensor([float(loss), *_wishes(session)])
         if env.world_size > 1:
             torch.distributed.all_reduce(part)
+        session.group.require_whole()  # the loss came through collectives, too
         total += part
         reporter.alive()
         if part[1:].any():
@@ -260,14 +261,18 @@ def _snapshot(session: Session, position: Position) -> None:
 def _save(session: Session, position: Position, reporter: Reporter) -> None:
     """Start a durable checkpoint; one that failed is told and tried again at the next interval."""
     started = time.monotonic()
-    while session.checkpoints.busy:
-        reporter.alive()
-        time.sleep(_POLL_SECONDS)
-    error = session.checkpoints.collect(wait=True)
-    reporter.saved(session, error)
+    _await_save(session, reporter)
     state, extra = session.optimizer.state(), position.to_extra(session)
     session.checkpoints.save(position.step, session.env.generation, state, extra)
     reporter.save_started(position.step, time.monotonic() - started)
+
+
+def _await_save(session: Session, reporter: Reporter) -> None:
+    """Let a save under way end: only then all ranks know the same newest checkpoint."""
+    while session.checkpoints.busy:
+        reporter.alive()
+        time.sleep(_POLL_SECONDS)
+    reporter.saved(session, session.checkpoints.collect(wait=True))
 
 
 def _park(session: Session, position: Position, reporter: Reporter, stop: bool) -> NoReturn:
@@ -275,6 +280,7 @@ def _park(session: Session, position: Position, reporter: Reporter, stop: bool) 
     if session.snapshots:
         session.snapshots.wait()
     if stop:
+        _await_save(session, reporter)
         newest = session.checkpoints.newest
         if position.step and (newest is None or newest.step != position.step):
             _save(session, position, reporter)
