@@ -13,7 +13,6 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
@@ -131,17 +130,13 @@ class OutputPump(threading.Thread):
         path.unlink(missing_ok=True)
         os.mkfifo(path, 0o600)
         self._fd = os.open(path, os.O_RDWR)  # both ends: it never sees the end of the file
-        self._tail: deque[bytes] = deque()
-        self._size = 0
+        self._tail = b""
         self._read_at = time.monotonic()
 
     def run(self) -> None:
         while chunk := os.read(self._fd, 65536):
             self._read_at = time.monotonic()
-            self._tail.append(chunk[-_TAIL_BYTES:])
-            self._size += len(self._tail[-1])
-            while self._size - len(self._tail[0]) >= _TAIL_BYTES:
-                self._size -= len(self._tail.popleft())
+            self._tail = (self._tail + chunk)[-_TAIL_BYTES:]  # replaced whole: another thread reads and clears it
             try:
                 os.write(2, chunk)
             except OSError:
@@ -149,14 +144,13 @@ class OutputPump(threading.Thread):
 
     def clear(self) -> None:
         """Forget the workers of the generation before."""
-        self._tail.clear()
-        self._size = 0
+        self._tail = b""
 
     def tail(self, quiet_seconds: float = 0.02) -> str:
         """The last lines, once the worker has been quiet for a moment (it is dead by now)."""
         while time.monotonic() - self._read_at < quiet_seconds:
             time.sleep(quiet_seconds / 4)
-        return b"".join(self._tail).decode(errors="replace")
+        return self._tail.decode(errors="replace")
 
 
 def num_oom_kills() -> int:
