@@ -89,6 +89,14 @@ def test_workers_that_start_have_nothing_to_lose(joined: Board) -> None:
     assert joined.may_end_workers(1)
 
 
+def test_a_rehearsal_is_let_alone_until_the_pod_goes(board: Board) -> None:
+    board.hear(view(3, "2"))
+    board.watch(0, worker(0, 0, Phase.STARTING))
+    assert not board.may_end_workers(1)
+    board.request_leave()
+    assert board.may_end_workers(1), "there may be a snapshot to save in the time that is left"
+
+
 def test_workers_that_wait_for_a_lost_peer_are_ended_after_a_while(
     joined: Board, monkeypatch: pytest.MonkeyPatch
 ) -> None:

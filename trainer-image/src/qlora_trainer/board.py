@@ -217,7 +217,7 @@ class Board:
             if one_parked and at_rest:
                 return True  # perhaps another member wanted it; the coordinator will tell why
             if self.joined == 0:
-                return False  # they rehearse
+                return self.stopping  # they rehearse
             if not (one_parked or self._wants_park()):
                 return False
             if self._wanted_since is None:

@@ -6,6 +6,7 @@ hang or have failed, and are ended by SIGKILL.
 `max_restarts` is large and means nothing: the budget belongs to the operator.
 """
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -38,6 +39,8 @@ MONITOR_SECONDS = 0.05
 TAKE_SECONDS = 5.0  # for a standing worker to take its place: it looks fifty times a second
 EXIT_BARRIER_SECONDS = 10.0  # the store's host waits so long for its peers to end
 _RESTARTS = 1_000_000
+
+log = logging.getLogger(__name__)
 
 
 class NodeAgent(LocalElasticAgent):
@@ -167,6 +170,9 @@ class NodeAgent(LocalElasticAgent):
         if not endings:
             return
         cause = min(endings, key=lambda ending: ending.exit_code == ExitCode.LOST_PEER)
+        if self._board.joined == 0:
+            log.warning("the rehearsal failed, the first generation decides: %s: %s", cause.reason, cause.message)
+            return
         self._board.set_state(AgentState.FAILED, cause)
 
     def _of_exit_code(self, local_rank: int, result: RunResult) -> Termination:

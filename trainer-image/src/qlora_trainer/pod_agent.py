@@ -108,6 +108,8 @@ class Agent:
             if child.exitcode == 0:
                 return
             child.kill()
+            if self.board.stopping:
+                return  # ended here, not failed
             self._fail_warm_up(child.exitcode, _RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)])
             attempt += 1
 
@@ -200,8 +202,8 @@ class Agent:
                     self.board.force_park()
 
     def _on_sigterm(self, *_: object) -> None:
-        if self.board.state == AgentState.WARMING:
-            os._exit(ExitCode.STOPPED)  # nothing to save yet, and the imports under way can't be interrupted
+        if self.board.state == AgentState.WARMING and snapshot.newest_step(self.env.run_dir) is None:
+            os._exit(ExitCode.STOPPED)  # nothing to save: an agent that crashed would have left snapshots
         self.board.request_leave()
 
 
