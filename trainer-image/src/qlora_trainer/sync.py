@@ -1,13 +1,16 @@
 """The agent's line to the coordinator: heartbeat, report and membership in one held call.
 
-Rules: one thread; a call is held open HEARTBEAT_SECONDS and renewed at once. What cannot wait goes over a second
-connection while the first is held, so a report never waits for an answer and reports never overtake each other by more
-than the one in flight. The token is read anew for every call (projected tokens rotate); the CA at every connect.
+Rules: a call is held open HEARTBEAT_SECONDS and renewed at once. What cannot wait goes over a second connection, by a
+thread of its own: neither waits for the other's answer, nor breaks when the other does. Reports are sent in the order
+in which they are made, so none overtakes another by more than the network lets it.
+The token is read anew for every call (projected tokens rotate); the CA at every connect.
 A coordinator that does not answer stops nothing: back off, try again, training goes on.
 """
 
 import http.client
+import itertools
 import logging
+import math
 import os
 import random
 import select
@@ -23,6 +26,7 @@ from qlora_api.run import Membership, Report
 HEARTBEAT_SECONDS = 0.5  # the coordinator's lease is a few of these
 _ANSWER_SECONDS = 5.0  # beyond the time that a call may be held
 _MAX_BACKOFF_SECONDS = 2.0
+_LOOK_SECONDS = 1.0  # so often the thread of urgent reports looks whether all is over
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +39,22 @@ class Line:
         self._token, self._ca = token, ca
         self._connection: http.client.HTTPConnection | None = None
 
+    def connect(self) -> None:
+        """Beforehand: a name that resolves slowly must not hold up a report that is made."""
+        if self._connection is not None:
+            return
+        try:
+            self._connection = self._new_connection()
+            self._connection.connect()
+        except (http.client.HTTPException, OSError) as error:
+            self.close()
+            raise ConnectionError(f"{self._parts.netloc}: {error or type(error).__name__}") from error
+
     def send(self, report: Report) -> None:
         """Post the report; the answer is read by receive()."""
+        connection = self._connection
+        assert connection is not None, "connect first"
         try:
-            connection = self._connection = self._connection or self._connect()
             headers = {"Content-Type": "application/json"}
             if self._token.is_file():
                 headers["Authorization"] = f"Bearer {self._token.read_text().strip()}"
@@ -61,17 +77,12 @@ class Line:
             raise ConnectionError(f"{self._parts.netloc} answered {response.status}: {body[:200]!r}")
         return Membership.model_validate_json(body)
 
-    def fileno(self) -> int:
-        """For select: readable when the answer begins to arrive."""
-        assert self._connection is not None and self._connection.sock is not None
-        return self._connection.sock.fileno()
-
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
 
-    def _connect(self) -> http.client.HTTPConnection:
+    def _new_connection(self) -> http.client.HTTPConnection:
         host = self._parts.hostname or ""
         timeout = HEARTBEAT_SECONDS + _ANSWER_SECONDS
         if self._parts.scheme == "http":
@@ -81,7 +92,8 @@ class Line:
 
 
 class SyncThread(threading.Thread):
-    """Keeps a call open; `report(wait_seconds)` says what to tell, `hear` takes the answers."""
+    """Keeps a call open; `report(wait_seconds)` says what to tell, `hear` takes the answers. Both are called by two
+    threads. What is readable at `urgent` has a report made at once."""
 
     def __init__(
         self,
@@ -96,52 +108,48 @@ class SyncThread(threading.Thread):
         self._held, self._quick = Line(url, token, ca), Line(url, token, ca)
         self._report, self._hear, self._urgent = report, hear, urgent
         self._ended = threading.Event()
-        self.num_answers = 0
+        self._order = threading.Lock()  # from making a report to its being sent
+        self._answered = -math.inf  # when the newest report that has its answer was made
 
     def run(self) -> None:
-        failures = 0
+        threading.Thread(target=self._hurry, name="sync-urgent", daemon=True).start()
         while not self._ended.is_set():
-            try:
-                self._exchange()
-                failures = 0
-            except ConnectionError as error:
-                failures += 1
-                if failures in (1, 10) or failures % 100 == 0:
-                    log.warning("no answer from the coordinator (%d times): %s", failures, error)
-                pause = min(_MAX_BACKOFF_SECONDS, 0.1 * 2 ** min(failures, 8))
-                self._ended.wait(pause * (0.5 + random.random() / 2))
+            self._call(self._held, HEARTBEAT_SECONDS)
 
     def end(self, seconds: float) -> bool:
         """Wait until what the report says now has been answered; False after `seconds`."""
-        deadline, goal = time.monotonic() + seconds, self.num_answers + 2
-        while self.num_answers < goal and time.monotonic() < deadline:
+        start = time.monotonic()
+        while self._answered < start and time.monotonic() < start + seconds:
             time.sleep(0.02)
-        answered = self.num_answers >= goal
         self._ended.set()
-        return answered
+        return self._answered >= start
 
-    def _exchange(self) -> None:
-        """One held call, and quick ones beside it while it is held."""
-        self._drain()
-        self._held.send(self._report(HEARTBEAT_SECONDS))
-        deadline = time.monotonic() + HEARTBEAT_SECONDS + _ANSWER_SECONDS
-        while True:
-            held, left = self._held.fileno(), max(0.0, deadline - time.monotonic())
-            ready, _, _ = select.select([held, self._urgent], [], [], left)
-            if self._urgent in ready:
+    def _hurry(self) -> None:
+        """Thread: what cannot wait."""
+        while not self._ended.is_set():
+            if select.select([self._urgent], [], [], _LOOK_SECONDS)[0]:
                 self._drain()
-                self._quick.send(self._report(0.0))
-                self._take(self._quick)
-            if held in ready:
-                self._take(self._held)
-                return
-            if not ready:
-                self._held.close()
-                raise ConnectionError("the coordinator does not answer")
+                self._call(self._quick, 0.0)
 
-    def _take(self, line: Line) -> None:
-        self._hear(line.receive())
-        self.num_answers += 1
+    def _call(self, line: Line, wait_seconds: float) -> None:
+        """Report and hear the answer, again and again until there is one or all is over."""
+        for failures in itertools.count(1):
+            try:
+                line.connect()
+                with self._order:
+                    made = time.monotonic()
+                    line.send(self._report(wait_seconds))
+                answer = line.receive()
+                break
+            except ConnectionError as error:
+                if failures in (1, 10) or failures % 100 == 0:
+                    log.warning("no answer from the coordinator (%d times): %s", failures, error)
+                pause = min(_MAX_BACKOFF_SECONDS, 0.1 * 2 ** min(failures, 8))
+                if self._ended.wait(pause * (0.5 + random.random() / 2)):
+                    return
+        self._hear(answer)
+        with self._order:
+            self._answered = max(self._answered, made)
 
     def _drain(self) -> None:
         try:
