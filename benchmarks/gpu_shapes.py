@@ -129,7 +129,7 @@ def random_packed(size: str, scheme: Scheme, device: torch.device, num_layers: i
         PackedLayer(f"layer-{i:05d}.bin", align(max(s.end for s in layer.values())), layer, (0, 0))
         for i, layer in enumerate(linears)
     ]
-    return RandomPacked(Path("random"), f"random-{size}", prefix, scheme, packed, config, False, device)
+    return RandomPacked(Path("random"), f"random-{size}", prefix, scheme, packed, {}, config, False, device)
 
 
 def train_config(**sections: dict[str, Any]) -> TrainConfig:

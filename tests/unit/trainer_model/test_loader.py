@@ -15,7 +15,7 @@ from tests.sources import source_of
 from qlora_trainer.control import WorkerEnv
 from qlora_trainer.errors import BadModel
 from qlora_trainer.loader import PackedModel, ensure_packed, open_packed
-from qlora_trainer.packing import build
+from qlora_trainer.packing import FORMAT, build
 from qlora_trainer.quant import Scheme, fingerprint
 from qlora_trainer.sources import ensure_model
 from qlora_trainer.weights import read_header, weight_files
@@ -172,16 +172,16 @@ def test_a_torn_layer_says_what_to_do_and_is_built_anew(checkpoint, config_of, c
         packed.load_layers([(1, 0, size, torch.empty(size, dtype=torch.uint8))], staged=True)
     ensure_packed(config, source_of(checkpoint()), cache, CPU)
     assert path.read_bytes() == whole
-    assert json.loads((packed.folder / "index.json").read_text())["format"] == 1
+    assert json.loads((packed.folder / "index.json").read_text())["format"] == FORMAT
 
 
-@pytest.mark.parametrize("torn", ["index.json", "rest.safetensors", "layer-00001.bin", "layer-00001.json"])
+@pytest.mark.parametrize("torn", ["index.json", "rest.safetensors", "rest.json", "layer-00001.bin", "layer-00001.json"])
 def test_what_a_crash_of_the_node_tore_is_built_anew(torn, checkpoint, config_of, cache):
     config = config_of()
     packed = ensure_packed(config, source_of(checkpoint()), cache, CPU)
     whole = content(packed.folder)
     (packed.folder / torn).write_bytes(whole[torn][:1000] if torn == "rest.safetensors" else b"")
-    if torn.startswith("layer"):  # before the index was written
+    if torn.startswith(("layer", "rest.json")):  # before the index was written
         (packed.folder / "index.json").unlink()
     assert content(ensure_packed(config, source_of(checkpoint()), cache, CPU).folder) == whole
 

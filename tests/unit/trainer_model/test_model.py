@@ -13,6 +13,7 @@ from qlora_trainer.loader import ensure_packed
 from qlora_trainer.model import build_model
 from qlora_trainer.ops import weight_of
 from qlora_trainer.skeleton import build_skeleton, group_linears, is_target
+from qlora_trainer.weights import read_header
 
 CPU = torch.device("cpu")
 FAMILIES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"]
@@ -204,6 +205,18 @@ def test_damage_on_disk_is_refused_and_built_anew(checkpoint, config_of, cache):
     build(config, checkpoint(), cache).verify()
     file.write_bytes(content[:50])  # torn by a crash of the node
     build(config, checkpoint(), cache).verify()
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "tables.code4"])
+def test_damage_to_what_is_not_quantized_is_refused_and_built_anew(name, checkpoint, config_of, cache):
+    config = config_of()
+    file = ensure_packed(config, source_of(checkpoint()), cache, CPU).folder / "rest.safetensors"
+    content = bytearray(file.read_bytes())
+    content[read_header(file)[name].offset + 9] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(CorruptBase, match=f"{name}: .*removed: the next start builds it anew"):
+        build(config, checkpoint(), cache)
+    build(config, checkpoint(), cache)
 
 
 def test_builders_share_one_cache(checkpoint, config_of, cache):

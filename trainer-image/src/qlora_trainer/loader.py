@@ -10,6 +10,7 @@ Rules: on a CPU files are mapped; onto a GPU they are read by `staging`'s thread
 import json
 import mmap
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qlora_api.run import TrainConfig
-from qlora_trainer.errors import BadModel
+from qlora_trainer.errors import BadModel, CorruptBase
 from qlora_trainer.packing import FORMAT, PackedLayer, build, key_of
 from qlora_trainer.quant import FP_TYPES, Scheme, Stored, Tables, fingerprint
 from qlora_trainer.skeleton import read_hf_config
@@ -27,7 +28,7 @@ from qlora_trainer.sources import Source
 from qlora_trainer.staging import ReadJob, Stager, read_into
 from qlora_trainer.weights import read_header, read_tensors
 
-__all__ = ["PackedLayer", "PackedModel", "discard_damaged", "ensure_packed", "open_packed"]
+__all__ = ["PackedLayer", "PackedModel", "corrupt", "discard_damaged", "ensure_packed", "open_packed"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class PackedModel:
     prefix: str
     scheme: Scheme
     layers: list[PackedLayer]
+    rest: dict[str, tuple[int, int]]  # fingerprints of what is not quantized and of the code books
     hf_config: Any
     trust_remote_code: bool
 
@@ -73,18 +75,30 @@ class PackedModel:
             read_into(jobs, jobs[0].destination.device)
 
     def read_rest(self, device: torch.device, on_host: str = "") -> dict[str, Tensor]:
-        """What is not quantized, by parameter name; `on_host` stays in host memory, mapped from the file."""
+        """What is not quantized, by parameter name; `on_host` stays in host memory, mapped from the file.
+
+        Raises CorruptBase, BadModel, OSError.
+        """
         path = self.folder / "rest.safetensors"
         places = {name: place for name, place in read_header(path).items() if not name.startswith("tables.")}
         with safe_open(path, "pt", device="cpu") as file:
             host = {name: file.get_tensor(name) for name in places if name == on_host or device.type == "cpu"}
         with Stager(device) as stager:
-            return host | read_tensors({name: place for name, place in places.items() if name not in host}, stager)
+            found = read_tensors({name: place for name, place in places.items() if name not in host}, stager)
+        return self._intact(host | found)
 
     def read_tables(self, device: torch.device) -> Tables:
-        """The code books of dequantization."""
+        """The code books of dequantization. Raises CorruptBase, OSError."""
         with safe_open(self.folder / "rest.safetensors", "pt", device=str(device)) as file:
-            return Tables(file.get_tensor("tables.code4"), file.get_tensor("tables.code8"))
+            names = ("tables.code4", "tables.code8")
+            return Tables(*self._intact({name: file.get_tensor(name) for name in names}).values())
+
+    def _intact(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors, if they are what was written."""
+        for name, tensor in tensors.items():
+            if (found := fingerprint(tensor)) != self.rest[name]:
+                raise corrupt(f"{name}: checksum {found} of it", self.rest[name], _discard_damaged_rest(self, name))
+        return tensors
 
 
 def ensure_packed(config: TrainConfig, model: Source, cache_dir: Path, device: torch.device) -> PackedModel:
@@ -110,17 +124,41 @@ def open_packed(folder: Path, trust_remote_code: bool = False) -> PackedModel:
     layers = [_layer_from_json(layer) for layer in index["layers"]]
     scheme = Scheme(index["scheme"]["type"], index["scheme"]["double"], FP_TYPES[index["scheme"]["dtype"]])
     hf_config = read_hf_config(folder, trust_remote_code)
-    return PackedModel(folder, folder.name, index["prefix"], scheme, layers, hf_config, trust_remote_code)
+    rest = {name: tuple(found) for name, found in index["rest"].items()}
+    return PackedModel(folder, folder.name, index["prefix"], scheme, layers, rest, hf_config, trust_remote_code)
+
+
+def corrupt(found: str, expected: tuple[int, int], on_disk: bool) -> CorruptBase:
+    """What to raise for bytes whose checksum is not the expected one; on_disk: they are damaged there, and removed."""
+    where = "on this node's disk (removed: the next start builds it anew)" if on_disk else "between disk and GPU"
+    return CorruptBase(
+        f"{found} is not {expected}; damaged {where}. Not trained on: restart, and avoid this node if it repeats"
+    )
 
 
 def discard_damaged(packed: PackedModel, index: int) -> bool:
     """Whether a layer's file differs from its fingerprint; then it is removed, and the next start builds it anew."""
     layer = packed.layers[index]
-    if fingerprint(packed.read_layer(index)) == layer.fingerprint:
-        return False
-    for name in ("index.json", layer.file.replace(".bin", ".json"), layer.file):
-        (packed.folder / name).unlink(missing_ok=True)
+    with suppress(FileNotFoundError):  # another rank of this node was first
+        if fingerprint(packed.read_layer(index)) == layer.fingerprint:
+            return False
+    _discard(packed.folder, layer.file)
     return True
+
+
+def _discard_damaged_rest(packed: PackedModel, name: str) -> bool:
+    """As `discard_damaged`, for a tensor of what is not quantized."""
+    with suppress(FileNotFoundError), safe_open(packed.folder / "rest.safetensors", "pt", device="cpu") as file:
+        if fingerprint(file.get_tensor(name)) == packed.rest[name]:
+            return False
+    _discard(packed.folder, "rest.safetensors")
+    return True
+
+
+def _discard(folder: Path, file: str) -> None:
+    """Remove a file, what is known of it and the index."""
+    for name in ("index.json", Path(file).with_suffix(".json").name, file):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _is_complete(folder: Path) -> bool:
@@ -129,28 +167,29 @@ def _is_complete(folder: Path) -> bool:
         return False
     torn = _torn_files(folder)
     for file in torn:
-        for name in ("index.json", file.replace(".bin", ".json"), file):
-            (folder / name).unlink(missing_ok=True)
+        _discard(folder, file)
     return not torn
 
 
 def _torn_files(folder: Path) -> list[str]:
     """Files that are not as long as the index or their own header says."""
     try:
-        layers = json.loads((folder / "index.json").read_text())["layers"]
+        index = json.loads((folder / "index.json").read_text())
     except ValueError:
         return ["index.json"]
-    torn = [layer["file"] for layer in layers if _size_of(folder / layer["file"]) != layer["size"]]
-    return torn if _is_whole(folder / "rest.safetensors") else [*torn, "rest.safetensors"]
+    torn = [layer["file"] for layer in index["layers"] if _size_of(folder / layer["file"]) != layer["size"]]
+    return torn if _is_whole(folder / "rest.safetensors", index["rest"]) else [*torn, "rest.safetensors"]
 
 
 def _size_of(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: Path, names: Iterable[str]) -> bool:
     try:
-        return _size_of(path) == max(place.offset + place.length for place in read_header(path).values())
+        places = read_header(path)
+        end = max(place.offset + place.length for place in places.values())
+        return set(places) == set(names) and _size_of(path) == end
     except (FileNotFoundError, ValueError):
         return False
 

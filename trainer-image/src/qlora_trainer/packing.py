@@ -3,7 +3,8 @@
 Rules: whichever processes or pods of a node get here share the layers out by file locks, each layer is replaced
 atomically, and a killed builder's layer is taken over by the next. On a GPU a process has NUM_BUILDERS layers in hand,
 of each one weight and the packed bytes; on a CPU one layer, its weights mapped. The fingerprint of a layer is taken on
-the device that quantized it, before the bytes leave it: it covers every copy that follows. All quantization is on the
+the device that quantized it, before the bytes leave it: it covers every copy that follows; those of what is not
+quantized, one a tensor, are taken of the file as it was written. All quantization is on the
 device's default stream: bitsandbytes launches its kernels there, whatever stream is current.
 """
 
@@ -17,15 +18,16 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from qlora_trainer.errors import BadModel
 from qlora_trainer.quant import Scheme, Stored, align, fingerprint, place, quantize_into, read_tables
 from qlora_trainer.skeleton import CausalLM, build_skeleton, decoder_layers, decoder_linears, read_hf_config
 from qlora_trainer.staging import Stager, finish, write_tensor
-from qlora_trainer.weights import Weights, write_safetensors
+from qlora_trainer.weights import Place, Weights, read_header, read_tensors, write_safetensors
 
-FORMAT = 1
+FORMAT = 2
 NUM_BUILDERS = 3  # threads a GPU: one writes while another reads, and one more for what is not quantized
 _POLL_SECONDS = 0.01  # between looks at a layer that another process builds
 
@@ -110,7 +112,7 @@ class _Builder:
     def _claim(self, index: int, wait: bool) -> None:
         """Write layer `index` (-1: what is not quantized, the longest of all) unless it is there or another's."""
         name = "rest" if index < 0 else f"layer-{index:05d}"
-        done = self._folder / ("rest.safetensors" if index < 0 else f"{name}.json")
+        done = self._folder / f"{name}.json"
         if _is_written(done):
             return
         try:
@@ -152,11 +154,23 @@ class _Builder:
         self._hf_config.save_pretrained(self._folder)
         with _replaced(self._folder / "rest.safetensors") as temporary:
             write_safetensors(temporary, rest)
+            places = read_header(temporary)
+            fingerprints = {name: fingerprint(self._read_back(name, place)) for name, place in places.items()}
+        with _replaced(self._folder / "rest.json") as temporary:
+            temporary.write_text(json.dumps(fingerprints))
+
+    def _read_back(self, name: str, place: Place) -> Tensor:
+        if self._stager is not None:
+            return read_tensors({name: place}, self._stager)[name]
+        with safe_open(place.path, "pt", device="cpu") as file:
+            tensor: Tensor = file.get_tensor(name)  # mapped
+            return tensor
 
     def _write_index(self) -> None:
         layers = [json.loads((self._folder / f"layer-{i:05d}.json").read_text()) for i in range(len(self._linears))]
         scheme = {"type": self._scheme.type, "double": self._scheme.double, "dtype": str(self._scheme.dtype)[6:]}
-        index = {"format": FORMAT, "prefix": self._prefix, "scheme": scheme, "layers": layers}
+        rest = json.loads((self._folder / "rest.json").read_text())
+        index = {"format": FORMAT, "prefix": self._prefix, "scheme": scheme, "layers": layers, "rest": rest}
         with _replaced(self._folder / "index.json") as temporary:
             temporary.write_text(json.dumps(index))
 

@@ -135,12 +135,16 @@ def scales(blob: Tensor, stored: Stored, scheme: Scheme, tables: Tables) -> Tens
     return tables.code8[absmax.int()] * coarse + _range(blob, stored.mean).view(torch.float32)
 
 
-def fingerprint(blob: Tensor) -> tuple[int, int]:
-    """Checksum of a uint8 blob (its size a multiple of 8), computed on its device.
+def fingerprint(tensor: Tensor) -> tuple[int, int]:
+    """Checksum of a contiguous tensor's bytes, computed on its device without a copy of it.
 
     Two sums modulo 2^64 over its 64-bit words, plain and weighted by odd position numbers: any change within one word
     and any exchange of two different words is seen, others with probability 1 - 2^-64 or so.
     """
+    blob = tensor.reshape(-1).view(torch.uint8)
+    missing = -blob.numel() % 8
+    if missing or blob.storage_offset() % 8:  # of what is small, or of an odd size
+        blob = torch.cat([blob, blob.new_zeros(missing)])
     words = blob.view(torch.int64)
     plain = words.sum()
     weighted = torch.zeros_like(plain)
