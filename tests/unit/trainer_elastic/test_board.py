@@ -107,6 +107,58 @@ def test_workers_that_wait_for_a_lost_peer_are_ended_after_a_while(
     assert joined.may_end_workers(1)
 
 
+def wait_for_park(board: Board, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Seconds after which the board gives its workers up, found by turning the clock."""
+    now = board_module.time.monotonic()
+    monkeypatch.setattr(board_module.time, "monotonic", lambda: now)
+    assert not board.may_end_workers(1)
+    start = now
+    while not board.may_end_workers(1):
+        now += 0.25
+        assert now < start + 1000
+    return now - start
+
+
+def step_of(board: Board, seconds: float, monkeypatch: pytest.MonkeyPatch, generation: int, step: int) -> None:
+    """The worker of `generation` needs `seconds` for `step`."""
+    now = board_module.time.monotonic()
+    monkeypatch.setattr(board_module.time, "monotonic", lambda: now)
+    board.watch(0, worker(generation, step - 1))
+    now += seconds
+    board.watch(0, worker(generation, step))
+
+
+@pytest.mark.parametrize(
+    ("uids", "patience"), [(("1", "2"), 20), (("1",), 40), (("1", "2", "3"), 20)], ids=["same", "fewer", "more"]
+)
+def test_patience_outlives_a_generation(
+    board: Board, monkeypatch: pytest.MonkeyPatch, uids: tuple[str, ...], patience: float
+) -> None:
+    """A second newcomer right after the first: healthy workers whose first step is under way are let finish it."""
+    board.hear(view(0))
+    board.hear(view(1, "1", "2"))
+    board.join(1)
+    step_of(board, 10, monkeypatch, generation=1, step=5)
+    board.hear(view(2, *uids))
+    board.join(2)
+    board.watch(0, worker(2, 0, Phase.STARTING))
+    board.watch(0, worker(2, 5))
+    board.hear(view(2, *uids, prepare=3))
+    assert wait_for_park(board, monkeypatch) == pytest.approx(patience, abs=0.3)
+
+
+def test_before_any_step_was_timed_a_worker_gets_as_long_as_a_new_one_would_take(
+    board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board.hear(view(0))
+    board.hear(view(1, "1", "2"))
+    board.join(1)
+    board.watch(0, worker(1, 0, Phase.STARTING))
+    board.watch(0, worker(1, 100))  # restored: these were no steps
+    board.hear(view(1, "1", "2", prepare=2))
+    assert wait_for_park(board, monkeypatch) == pytest.approx(board_module.PARK_UNTIMED_SECONDS, abs=0.3)
+
+
 def test_of_workers_that_lost_a_peer_all_park_or_none_stays(joined: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     joined.watch(0, worker(1, 3, Phase.PARKED))
     joined.watch(1, worker(1, 3))

@@ -16,6 +16,7 @@ from qlora_trainer.control import Control, Phase, WorkerState, write_control
 
 PARK_FLOOR_SECONDS = 1.0
 PARK_STEPS = 2.0  # a worker that is not at a step boundary after so many median steps waits for a lost peer
+PARK_UNTIMED_SECONDS = 10.0  # before a step was timed: as long as a new worker in its place would take to start
 ABANDON_SECONDS = 2.0  # for one that can break its collectives off (NCCL's) and park
 _KEPT_STEPS = 16
 
@@ -42,8 +43,9 @@ class Board:
         self._assigns = False  # workers that stand get a place in the next generation
         self._abandon_for = 0.0  # seconds that workers get to break their collectives off
         self._abandon = False
-        self._step_seconds: deque[float] = deque(maxlen=_KEPT_STEPS)
+        self._step_seconds: deque[tuple[float, int]] = deque(maxlen=_KEPT_STEPS)  # with how many nodes shared it
         self._step_time = time.monotonic()
+        self._num_nodes = 1  # of the generation that it joined
         self._wanted_since: float | None = None  # when the workers were first asked to park
         self._force_park = False
         self._metrics: dict[str, float] = {}
@@ -170,7 +172,7 @@ class Board:
             self.state, self.termination = AgentState.RUNNING, None
             self._snapshot_step, self._worker = self.snapshot_step, None
             self._phases, self._wanted_since, self._force_park, self._abandon = {}, None, False, False
-            self._step_seconds.clear()
+            self._num_nodes = max(1, len(self.view.members))
             self._work_seconds.clear()
             self._tell_workers()
         self.hurry()
@@ -193,13 +195,18 @@ class Board:
                 self._work_seconds[local_rank] = worker.metrics[METRIC_STEP_WORK]
             if local_rank != 0:
                 return
-            known = self._worker.progress.step if self._worker else None
-            now = time.monotonic()
-            if known is not None and worker.progress.step > known:
-                self._step_seconds.append((now - self._step_time) / (worker.progress.step - known))
-            if known != worker.progress.step:
-                self._step_time = now
+            self._time_steps(worker)
             self._worker = worker
+
+    def _time_steps(self, worker: WorkerState) -> None:
+        """From one step that was told to the next; what a worker restores on its way in is no step."""
+        before, now = self._worker, time.monotonic()
+        trains = before is not None and before.phase == Phase.TRAINING
+        num_steps = worker.progress.step - before.progress.step if before else 0
+        if trains and num_steps > 0:
+            self._step_seconds.append(((now - self._step_time) / num_steps, self._num_nodes))
+        if not trains or num_steps:
+            self._step_time = now
 
     def _slowest_work(self) -> dict[str, float]:
         """Of all measures of a pod's workers this one is its slowest worker's, not its first's."""
@@ -230,9 +237,11 @@ class Board:
             return at_rest or starting or late > self._abandon_for
 
     def _park_seconds(self) -> float:
-        steps = sorted(self._step_seconds)
-        median = steps[len(steps) // 2] if steps else 0.0
-        return max(PARK_FLOOR_SECONDS, PARK_STEPS * median)
+        """By steps of older generations, too: fewer nodes take longer for the same batch, more never longer."""
+        steps = sorted(seconds * max(1.0, nodes / self._num_nodes) for seconds, nodes in self._step_seconds)
+        if not steps:
+            return PARK_UNTIMED_SECONDS
+        return max(PARK_FLOOR_SECONDS, PARK_STEPS * steps[len(steps) // 2])
 
     def _wants_park(self) -> bool:
         return self._force_park or self.view.prepare > self.joined
