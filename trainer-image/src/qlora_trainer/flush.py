@@ -26,7 +26,7 @@ def flush_snapshot(config: TrainConfig, env: WorkerEnv) -> int | None:
     durable = find_newest(store)
     if durable is not None and durable.step >= snapshot.step:
         return None
-    state, extra = snapshot.load()
+    state, extra = snapshot.view()  # no worker lives that could write on
     writer = CheckpointWriter(store, config.spec.checkpoint.keep, mesh=None)
     writer.save(snapshot.step, snapshot.generation, state, extra)
     writer.finish()

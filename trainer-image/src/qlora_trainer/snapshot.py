@@ -3,10 +3,11 @@
 Rules:
 * A slot is `header | table | payload`. Writing goes: invalidate the header, payload, table, header last. Whoever is
   killed in between leaves a slot whose header is void; the other slot still holds the step before.
-* The header carries its own checksum and one of table and payload; `newest()` looks at both, of the newest slot first.
+* The header carries its own checksum and one of table and payload. `newest()` verifies the newer slot's, and the older
+  slot's only if that one is damaged.
 * The slots outlive the process (tmpfs), not the pod. One writer a pod: local rank 0.
-* The caller may change the state again after `copied()`; the snapshot counts after `wait()`. With `wait()` before the
-  next optimizer step at most one completed step is ever lost.
+* The caller may change the state again after `wait()`: then the snapshot counts. With `wait()` before the next
+  optimizer step at most one completed step is ever lost.
 """
 
 import json
@@ -17,7 +18,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import torch
@@ -25,12 +25,14 @@ import xxhash
 from torch import Tensor
 
 from qlora_trainer import faults
+from qlora_trainer.errors import OutOfMemory
 
 _MAGIC = b"QLORASN1"
 _HEADER = struct.Struct("<8sQQQQ16s")  # magic, step, generation, bytes of table, bytes of payload, digest of both
 _HEADER_BYTES = 4096
 _ALIGN = 64  # bytes; tensors start on a cache line
 _PAGE = 4096
+_VOID = (-1, -1)  # step and generation of a slot that is empty, half written or damaged
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,12 @@ def newest_step(run_dir: Path) -> int | None:
     return max((header.step for header in headers if header), default=None)
 
 
+def _step_of(path: Path) -> tuple[int, int]:
+    """(step, generation) by the header alone."""
+    header = read_header(path)
+    return (header.step, header.generation) if header else _VOID
+
+
 def _paths(run_dir: Path) -> tuple[Path, Path]:
     return run_dir / "snapshot-0", run_dir / "snapshot-1"
 
@@ -126,7 +134,7 @@ class Snapshot:
         """The tensors (CPU) by name, in the slot itself: until it is written again; and the extra values."""
         header = _unpack(self.slot[: _HEADER.size + 8])
         if header is None or (header.step, header.generation) != (self.step, self.generation):
-            raise ValueError(f"{self.path} was overwritten: load a snapshot before the next one is written")
+            raise ValueError(f"{self.path} was overwritten: read a snapshot before the next one is written")
         table = json.loads(self.slot[_HEADER_BYTES : _HEADER_BYTES + header.table_bytes])
         payload = torch.frombuffer(self.slot, dtype=torch.uint8)[-header.payload_bytes :]
         state = {
@@ -134,13 +142,6 @@ class Snapshot:
             for name, dtype, shape, offset, num_bytes in table["tensors"]
         }
         return state, table["extra"]
-
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copies of the tensors (CPU) by name and the extra values; ValueError when the slot changed meanwhile."""
-        state, extra = self.view()
-        copies = {name: tensor.clone() for name, tensor in state.items()}
-        self.view()  # refuses when it was written while it was copied
-        return copies, extra
 
 
 def _verify(path: Path, slot: mmap.mmap | None = None) -> Snapshot | None:
@@ -175,7 +176,7 @@ class _Slot:
                 file.write(bytes(_HEADER.size + 8))
 
     def fit(self, layout: _Layout, table_bytes: int, pin: bool) -> None:
-        """Map the file so that `layout` fits; OSError when the memory volume is too small."""
+        """Map the file so that `layout` fits. Raises OutOfMemory when the memory volume is too small."""
         if self.map is not None and self.layout == layout and table_bytes <= self.table_room:
             return
         self.release()
@@ -186,8 +187,10 @@ class _Slot:
             try:
                 os.posix_fallocate(file.fileno(), 0, size)  # a full volume is an error here, a SIGBUS later
             except OSError as error:
-                hint = f"the memory volume needs {2 * size / 2**20:.0f} MiB for two snapshots: raise its size limit"
-                raise OSError(error.errno, hint, str(self.path)) from error
+                raise OutOfMemory(
+                    f"{self.path}: {error.strerror}: the memory volume needs {2 * size / 2**20:.0f} MiB for two"
+                    " snapshots: raise resourcesPerNode.limits.memory and, where it is set, the operator's snapshotSize"
+                ) from error
             self.map = mmap.mmap(file.fileno(), size)
         payload = torch.frombuffer(self.map, dtype=torch.uint8)[size - layout.num_bytes :]
         self.layout = layout
@@ -223,17 +226,17 @@ class SnapshotSlots:
     def __init__(self, run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._slots = tuple(_Slot(path) for path in _paths(run_dir))
-        found = [_verify(slot.path) for slot in self._slots]
-        self._steps = [(s.step, s.generation) if s else (-1, -1) for s in found]
+        self._steps = [_step_of(slot.path) for slot in self._slots]  # once verified: a damaged slot's is void
+        self._verified = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot")
         self._done: Future[None] | None = None
-        self._copied = Event()
         self._stream: torch.cuda.Stream | None = None
-        self._event: torch.cuda.Event | None = None
 
     def write(self, step: int, generation: int, state: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:
         """Start writing `state` (any device, any dtype) as of `step`; `extra` must be JSON. Errors come from wait()."""
         self.wait()
+        if not self._verified:
+            self.newest()
         detached = {name: tensor.detach() for name, tensor in state.items()}
         device = next((t.device for t in detached.values() if t.is_cuda), None)
         ready = None
@@ -241,16 +244,7 @@ class SnapshotSlots:
             self._stream = self._stream or torch.cuda.Stream(device)
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(device))
-        self._copied.clear()
         self._done = self._thread.submit(self._write, step, generation, detached, dict(extra), ready)
-
-    def copied(self) -> None:
-        """The state may change again: blocks the stream on CUDA, the caller on the CPU."""
-        if self._done is None:
-            return
-        self._copied.wait()
-        if self._event is not None:
-            torch.cuda.current_stream(self._stream.device).wait_event(self._event)  # type: ignore[union-attr]
 
     def wait(self) -> None:
         """The last write counts; raises what it raised."""
@@ -261,26 +255,23 @@ class SnapshotSlots:
     def newest(self) -> Snapshot | None:
         """The newest complete snapshot, or None; a half-written or damaged slot is never chosen."""
         self.wait()
-        headers = [(header, slot) for slot in self._slots if (header := read_header(slot.path))]
-        for _, slot in sorted(headers, key=lambda found: (found[0].step, found[0].generation), reverse=True):
-            if snapshot := _verify(slot.path, slot.map):
+        self._verified = True
+        for index in sorted((0, 1), key=self._steps.__getitem__, reverse=True):
+            slot = self._slots[index]
+            if self._steps[index] != _VOID and (snapshot := _verify(slot.path, slot.map)):
                 return snapshot
+            self._steps[index] = _VOID
         return None
 
     def _write(self, step: int, generation: int, state: dict[str, Tensor], extra: dict[str, Any], ready: Any) -> None:
-        try:
-            index = min((0, 1), key=lambda i: self._steps[i])
-            slot, layout = self._slots[index], _Layout.of(state)
-            table = layout.table(extra)
-            slot.invalidate()
-            self._steps[index] = (-1, -1)
-            slot.fit(layout, len(table), pin=ready is not None)
-            faults.reach("snapshot", step)
-            self._copy(slot.views, list(state.values()), ready)
-        finally:
-            self._copied.set()
-        if self._event is not None:
-            self._event.synchronize()
+        index = min((0, 1), key=self._steps.__getitem__)
+        slot, layout = self._slots[index], _Layout.of(state)
+        table = layout.table(extra)
+        slot.invalidate()
+        self._steps[index] = _VOID
+        slot.fit(layout, len(table), pin=ready is not None)
+        faults.reach("snapshot", step)
+        self._copy(slot.views, list(state.values()), ready)
         slot.seal(step, generation, table)
         self._steps[index] = (step, generation)
 
@@ -294,6 +285,4 @@ class SnapshotSlots:
             self._stream.wait_event(ready)
             for view, tensor in zip(views, tensors, strict=True):
                 view.copy_(tensor, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(self._stream)
-        self._event = event
+        self._stream.synchronize()

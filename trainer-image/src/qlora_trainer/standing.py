@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qlora_api.run import ExitCode, TrainConfig
 from qlora_trainer.control import WorkerEnv, read_assignment, read_control, write_termination
-from qlora_trainer.errors import Fenced, MembersChange, classify
+from qlora_trainer.errors import Fenced, MembersChange, OutOfMemory, classify
 from qlora_trainer.loader import PackedModel
 from qlora_trainer.model import TrainableModel, build_model, free_memory, move, obstacles, plan_for
 from qlora_trainer.snapshot import SnapshotSlots
@@ -51,7 +51,7 @@ class Kept:
     def settle(self) -> None:
         """Wait until no thread and no kernel changes what is kept; raises when the GPU can't go on."""
         if self.snapshots is not None:
-            with contextlib.suppress(OSError, RuntimeError):  # a snapshot that fails now is simply not the newest
+            with contextlib.suppress(OSError, RuntimeError, OutOfMemory):  # one that fails now is not the newest
                 self.snapshots.wait()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -79,7 +79,10 @@ def stand(error: Exception, env: WorkerEnv, kept: Kept, trained: bool, step: int
 
 
 def next_place(env: WorkerEnv) -> WorkerEnv:
-    """Wait for this worker's place in a newer generation. Raises Fenced when its agent is gone."""
+    """Wait for this worker's place in a newer generation. Raises Fenced when its parent, the fork server, is gone.
+
+    (Its agent's end is watched by workers.die_with_agent.)
+    """
     parent = os.getppid()
     while os.getppid() == parent:
         place = read_assignment(env.run_dir, env.local_rank)
@@ -90,4 +93,4 @@ def next_place(env: WorkerEnv) -> WorkerEnv:
                 env, rank=place.rank, world_size=place.world_size, generation=place.generation, init_method="env://"
             )
         time.sleep(_POLL_SECONDS)
-    raise Fenced("the agent is gone while this worker was parked")
+    raise Fenced("the fork server is gone while this worker was parked")
