@@ -1,9 +1,12 @@
-"""Every key that a run writes into its bucket. Nothing in a key or an object knows the world size.
+"""Every key that a run writes into its bucket. Nothing that is read back depends on the world size.
 
-PREFIX/NAME-UID8/checkpoints/step-00000120-gen-00007/...   one complete save; manifest.json is written last
+PREFIX/NAME-UID8/checkpoints/step-00000120-gen-00007/...   one complete save: shard-00001-of-00002.safetensors and so
+                                                           on by rank; manifest.json, which names them, is written last
 PREFIX/NAME-UID8/adapter/gen-00007/...                     what peft loads
 PREFIX/NAME-UID8/merged/gen-00007/...                      bf16 safetensors, when asked for
 PREFIX/NAME-UID8/manifest.json                             written last, conditionally: it makes the adapter real
+PREFIX/NAME-UID8/sources/model.json                        which commit of a hub's repository the run reads; by the first
+                                                           pod, conditionally (dataset.json, eval.json alike)
 
 Whatever is written before its manifest carries its generation: who was left behind by a newer one and goes on writing
 spoils nothing of it.
@@ -15,7 +18,7 @@ from dataclasses import dataclass
 from qlora_api.run import RunIdentity
 
 MANIFEST = "manifest.json"
-CHECKPOINTS, ADAPTERS, MERGED = "checkpoints", "adapter", "merged"
+CHECKPOINTS, ADAPTERS, MERGED, SOURCES = "checkpoints", "adapter", "merged", "sources"
 _CHECKPOINT = re.compile(r"step-(\d{8})-gen-(\d{5})")
 
 
@@ -52,6 +55,11 @@ def adapter_key(generation: int) -> str:
 def merged_key(generation: int) -> str:
     """Folder of the merged model as uploaded by `generation`."""
     return f"{MERGED}/gen-{generation:05d}"
+
+
+def source_key(name: str) -> str:
+    """What the run reads as its `name`: model, dataset or eval."""
+    return f"{SOURCES}/{name}.json"
 
 
 def parse_checkpoint(key: str) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -217,6 +218,27 @@ def test_what_is_complete_is_never_overwritten(saved: tuple[FileStore, dict[str,
     writer.save(4, 2, state, {"step": "other"})
     writer.finish()
     assert read_bytes(store, f"{checkpoint_key(4, 2)}/manifest.json") == before
+
+
+def test_a_save_and_a_flush_of_one_step_do_not_meet(tmp_path: Path) -> None:
+    """Two ranks save slices; one pod, told to go meanwhile, saves the whole state under the same generation."""
+    store, whole = FileStore(tmp_path), {"adapter.master": torch.arange(8.0)}
+    first_of_two: Any = SimpleNamespace(size=lambda: 2, get_local_rank=lambda: 0)
+    slices = checkpoint.CheckpointWriter(store, keep=2, mesh=first_of_two)
+    slices.save(4, 2, {"adapter.master": torch.arange(4.0)}, {})
+    slices.finish()
+    flush = checkpoint.CheckpointWriter(store, keep=2, mesh=None)
+    flush.save(4, 2, whole, {})
+    flush.finish()
+    (complete,) = checkpoint.find_complete(store)
+    assert torch.equal(checkpoint.load(store, complete)["adapter.master"], torch.arange(4.0))
+    store.delete([f"{checkpoint_key(4, 2)}/manifest.json"])
+    flush.save(4, 2, whole, {})
+    slices.save(4, 2, {"adapter.master": torch.arange(4.0)}, {})
+    flush.finish()
+    slices.finish()
+    (complete,) = checkpoint.find_complete(store)
+    checkpoint.load(store, complete)
 
 
 def test_a_failed_save_is_told_and_the_next_one_works(tmp_path: Path) -> None:
