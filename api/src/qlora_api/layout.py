@@ -5,8 +5,8 @@ PREFIX/NAME-UID8/checkpoints/step-00000120-gen-00007/...   one complete save: sh
 PREFIX/NAME-UID8/adapter/gen-00007/...                     what peft loads
 PREFIX/NAME-UID8/merged/gen-00007/...                      bf16 safetensors, when asked for
 PREFIX/NAME-UID8/manifest.json                             written last, conditionally: it makes the adapter real
-PREFIX/NAME-UID8/sources/model.json                        which commit of a hub's repository the run reads; by the first
-                                                           pod, conditionally (dataset.json, eval.json alike)
+PREFIX/NAME-UID8/sources/model.json                        the commit of a hub's repository that all pods read; by the
+                                                           first, conditionally (dataset.json, eval.json alike)
 
 Whatever is written before its manifest carries its generation: who was left behind by a newer one and goes on writing
 spoils nothing of it.

@@ -27,6 +27,7 @@ from qlora_trainer.control import WorkerEnv
 from qlora_trainer.errors import BadAdapter, TrainerError
 from qlora_trainer.loader import PackedModel, ensure_packed
 from qlora_trainer.lora import PEFT_PREFIX
+from qlora_trainer.output import open_output
 from qlora_trainer.quant import Tables, dequantize
 from qlora_trainer.sources import ensure_model
 from qlora_trainer.storage import ObjectStore
@@ -128,7 +129,6 @@ def merge_to_store(packed: PackedModel, adapter: Path, tokenizer: Path, store: O
 def main() -> None:
     """The command."""
     from qlora_trainer.group import device_of
-    from qlora_trainer.session import open_output
     from qlora_trainer.train import read_config
 
     parser = argparse.ArgumentParser(

@@ -14,9 +14,10 @@ from qlora_trainer.control import WorkerEnv, read_control
 from qlora_trainer.errors import Fenced, StorageError
 from qlora_trainer.group import broadcast
 from qlora_trainer.merge import merge_to_store
+from qlora_trainer.output import open_output
 from qlora_trainer.progress import Reporter
 from qlora_trainer.restore import Position
-from qlora_trainer.session import Session, open_output
+from qlora_trainer.session import Session
 
 
 def find_published(config: TrainConfig, env: WorkerEnv) -> Artifacts | None:

@@ -23,11 +23,12 @@ from qlora_trainer.group import Group, broadcast, device_of, gloo_group
 from qlora_trainer.loader import PackedModel, ensure_packed
 from qlora_trainer.model import TrainableModel, plan_for, smallest_gpu
 from qlora_trainer.optim import Optimizer
+from qlora_trainer.output import open_output as open_output
 from qlora_trainer.samples import SampleSet, ensure_samples
 from qlora_trainer.snapshot import SnapshotSlots
 from qlora_trainer.sources import Source, ensure_dataset, ensure_model
 from qlora_trainer.standing import Kept
-from qlora_trainer.storage import ObjectStore, open_store
+from qlora_trainer.storage import ObjectStore
 from qlora_trainer.tokens import load_tokenizer, pad_id
 
 
@@ -74,13 +75,6 @@ class Session:
     def is_first(self) -> bool:
         """Rank 0 writes what only one may write."""
         return self.env.rank == 0
-
-
-def open_output(config: TrainConfig, env: WorkerEnv) -> tuple[ObjectStore, RunLayout]:
-    """The store below the run's root, and its layout."""
-    output = config.spec.output
-    layout = RunLayout.of(output.uri, config.run)
-    return open_store(layout.root, output, env.secrets_dir / "output"), layout
 
 
 def make_ready(config: TrainConfig, env: WorkerEnv) -> None:

@@ -1,7 +1,7 @@
 """Model and data on this node's disk: fetched once per node, resumable, digested.
 
 Rules: what the cache holds is keyed by its URI, revision and endpoint and completed by `complete.json`, written last; a
-file lock lets one process of the node fetch while the others wait; what a run has resolved once is pinned in RUN_DIR,
+file lock lets one process of the node fetch while the others wait; what a pod has resolved once is pinned in RUN_DIR,
 so that a restart asks no server. Weights are safetensors (a GGUF file is converted once); pickles are never read.
 """
 
@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from qlora_api.run import PVC_DIR, TrainConfig
 from qlora_api.types import S3Access
+from qlora_trainer import hub
 from qlora_trainer.control import WorkerEnv, write_atomically
 from qlora_trainer.errors import BadConfig, BadData, BadModel, StorageError
 from qlora_trainer.storage import Entry, ObjectStore, open_store
@@ -29,6 +30,7 @@ COMPLETE = "complete.json"
 _THREADS = 8
 _ATTEMPTS = 5
 _CHUNK = 4 << 20
+Located = tuple[Path, list[str]]  # a folder on this node and files in it
 
 
 class Source(BaseModel, frozen=True):
@@ -45,7 +47,10 @@ def ensure_model(config: TrainConfig, env: WorkerEnv) -> Source:
     patterns = MODEL_PATTERNS + (CODE_PATTERNS if model.trust_remote_code else ())
 
     def resolve() -> Source:
-        folder, names = _locate(model.uri, model.revision, model, "model", patterns, env, top_only=True)
+        def locate(revision: str | None) -> Located:
+            return _locate(model.uri, revision, model, "model", patterns, env, top_only=True)
+
+        folder, names = hub.locate_for_run(config, env, "model", model.uri, model.revision, locate)
         names = [name for name in names if not name.startswith("consolidated")]  # Mistral's second copy
         if any(name.endswith(".safetensors") for name in names):
             names = [name for name in names if not name.endswith(".gguf")]
@@ -66,7 +71,10 @@ def ensure_dataset(uri: str, config: TrainConfig, env: WorkerEnv, pin: str) -> S
     dataset = config.spec.dataset
 
     def resolve() -> Source:
-        folder, names = _locate(uri, dataset.revision, dataset, "dataset", DATA_PATTERNS, env, top_only=False)
+        def locate(revision: str | None) -> Located:
+            return _locate(uri, revision, dataset, "dataset", DATA_PATTERNS, env, top_only=False)
+
+        folder, names = hub.locate_for_run(config, env, pin, uri, dataset.revision, locate)
         if uri.startswith("hf://"):
             split = "train" if pin == "dataset" else "test"
             names = [name for name in names if split in name.lower()] or names
@@ -96,7 +104,7 @@ def _locate(
     patterns: tuple[str, ...],
     env: WorkerEnv,
     top_only: bool,
-) -> tuple[Path, list[str]]:
+) -> Located:
     """Folder on this node and the matching files in it."""
     parts = urlsplit(uri)
     bad = BadModel if secret == "model" else BadData
@@ -113,7 +121,9 @@ def _locate(
             raise bad(f"{uri}: {path} holds no file in the trainer pod; correct the URI or fill the volume")
         return path, _matching(found, patterns, top_only)
     if parts.scheme == "hf":
-        return _from_hub(uri, revision, secret, patterns, env, top_only)
+        folder = hub.fetch(uri, revision, secret, patterns, env, top_only)
+        names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        return folder, _matching(names, patterns, top_only)
     store = open_store(uri, access, env.secrets_dir / secret)
     try:
         return _fetch(store, _cache_folder(env, secret, uri, access.endpoint), patterns, top_only, env)
@@ -140,9 +150,7 @@ def _lock(env: WorkerEnv, folder: Path) -> FileLock:
     return FileLock(locks / f"{folder.name}.lock")
 
 
-def _fetch(
-    store: ObjectStore, folder: Path, patterns: tuple[str, ...], top_only: bool, env: WorkerEnv
-) -> tuple[Path, list[str]]:
+def _fetch(store: ObjectStore, folder: Path, patterns: tuple[str, ...], top_only: bool, env: WorkerEnv) -> Located:
     """Bring the store's matching objects into `folder`; what is there with the same tag stays.
 
     Raises FileNotFoundError when the store holds nothing at all.
@@ -193,36 +201,7 @@ def _download(store: ObjectStore, entry: Entry, path: Path) -> None:
     part.replace(path)
 
 
-def _from_hub(
-    uri: str, revision: str | None, secret: str, patterns: tuple[str, ...], env: WorkerEnv, top_only: bool
-) -> tuple[Path, list[str]]:
-    from huggingface_hub import errors, snapshot_download
-
-    bad = BadModel if secret == "model" else BadData
-    token = env.secrets_dir / secret / "HF_TOKEN"
-    try:
-        path = snapshot_download(
-            repo_id=uri.removeprefix("hf://"),
-            repo_type=secret,
-            revision=revision,
-            allow_patterns=list(patterns),
-            ignore_patterns=["*/*"] if top_only else None,
-            cache_dir=env.cache_dir / "hub",
-            token=token.read_text().strip() if token.is_file() else None,
-        )
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
-        hint = "correct uri or revision, or give HF_TOKEN in the Secret of secretRef when it is private or gated"
-        raise bad(f"{uri}: {str(error).splitlines()[0]}; {hint}") from error
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
-        raise StorageError(
-            f"cannot fetch {uri} from the hub: {str(error).splitlines()[0]}; check the network"
-        ) from error
-    folder = Path(path)
-    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return folder, _matching(names, patterns, top_only)
-
-
-def _converted_gguf(path: Path, env: WorkerEnv) -> tuple[Path, list[str]]:
+def _converted_gguf(path: Path, env: WorkerEnv) -> Located:
     """A GGUF file read by transformers and written once as safetensors into the cache."""
     status = path.stat()
     folder = _cache_folder(env, "model", "gguf", str(path), str(status.st_size), str(status.st_mtime_ns))
