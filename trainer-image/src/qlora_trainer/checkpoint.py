@@ -72,12 +72,9 @@ class Manifest(BaseModel, frozen=True):
 class _StoreWriter(HuggingFaceStorageWriter):
     """Writes this rank's slices to a local file, uploads it, and on the coordinator ends with the manifest."""
 
-    def __init__(
-        self, staging: Path, store: ObjectStore, manifest: Manifest, keep: int, mesh: DeviceMesh | None
-    ) -> None:
+    def __init__(self, staging: Path, store: ObjectStore, manifest: Manifest, keep: int, num_ranks: int) -> None:
         super().__init__(str(staging), save_distributed=True)
-        self._staging, self._store, self._manifest, self._keep = staging, store, manifest, keep
-        self._of = mesh.size() if mesh else 1  # in a file's name: a pod may save the same step alone (flush.py)
+        self._staging, self._store, self._manifest, self._keep, self._of = staging, store, manifest, keep, num_ranks
 
     def write_data(self, plan: Any, planner: Any) -> "torch.futures.Future[list[WriteResult]]":
         results = self._write_and_upload(plan.items, planner, plan.storage_data["shard_index"]) if plan.items else []
@@ -90,7 +87,7 @@ class _StoreWriter(HuggingFaceStorageWriter):
         tensors = {item.index.fqn: planner.resolve_data(item).detach() for item in items}
         offsets = {item.index.fqn: {SAVED_OFFSETS_KEY: item.tensor_data.chunk.offsets} for item in items}
         metadata = {CUSTOM_METADATA_KEY: json.dumps(offsets), DCP_VERSION_KEY: str(HF_DCP_VERSION), "format": "pt"}
-        name = f"shard-{shard:05d}-of-{self._of:05d}.safetensors"
+        name = f"shard-{shard:05d}-of-{self._of:05d}.safetensors"  # flush.py's, of the same step, replaces no slice
         write_safetensors(self._staging / name, ((n, t, t.dtype) for n, t in tensors.items()), metadata)
         faults.reach("upload", self._manifest.step)
         record = self._upload(name)
@@ -164,7 +161,8 @@ class CheckpointWriter:
                 if gpu:
                     torch.cuda.current_stream(gpu).synchronize()
             parts.clear()
-            writer = _StoreWriter(Path(staging), self._store, manifest, self._keep, self._mesh)
+            num_ranks = self._mesh.size() if self._mesh else 1
+            writer = _StoreWriter(Path(staging), self._store, manifest, self._keep, num_ranks)
             save_state_dict(sliced, storage_writer=writer, process_group=self._group, no_dist=self._mesh is None)
         self.seconds = time.monotonic() - started
 
