@@ -1,6 +1,8 @@
 """Worker processes over gloo, from file:// sources to a file:// bucket: one world, changing worlds, broken worlds."""
 
 import json
+import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_api.run import Command, ExitCode
+from qlora_api.run import Command, ExitCode, TrainConfig
 from qlora_trainer import control
 from qlora_trainer.checkpoint import find_complete
-from qlora_trainer.control import Control, Phase
+from qlora_trainer.control import Control, Phase, WorkerEnv
+from qlora_trainer.peers import ENV_PEERS
 from qlora_trainer.storage import FileStore
+from qlora_trainer.train import work
 
 MakeWorld = Callable[..., Any]
 NO_EVAL = {"evalFraction": 0.0}
@@ -47,6 +51,36 @@ def test_two_ranks_train_and_publish(make_world: MakeWorld) -> None:
     assert [m.step for m in find_complete(bucket(world))] == [6, 4]
     assert world.run([0]) == [0], "a finished run is not trained again"
     assert world.state(0).artifacts == state.artifacts
+
+
+def work_with_fsdp2(config: TrainConfig, env: WorkerEnv) -> None:
+    """A worker whose base FSDP2 gathers, as where ranks are on several hosts."""
+    os.environ[ENV_PEERS] = "0"
+    work(config, env)
+
+
+@pytest.mark.parametrize("entry", [work, work_with_fsdp2])
+def test_every_measure_arrives(make_world: MakeWorld, entry: Any) -> None:
+    """At the agent and in the run's report: all that docs/metrics.md lists for a worker on a CPU."""
+    world = make_world()
+    world.entry = entry
+    assert world.run([0, 1]) == [0, 0]
+    state = world.state(0)
+    told = json.loads((world.adapter_folder() / "metrics.json").read_text())
+    card = (world.adapter_folder() / "README.md").read_text()
+    table = (Path(__file__).parents[3] / "docs/metrics.md").read_text().partition("\n## ")[0]
+    names = re.findall(r"^\| `([a-z_]+)`", table, re.MULTILINE)
+    not_here = {"step_work_seconds", "mfu", "rendezvous_seconds", "restart_seconds"}  # ten steps, a GPU, an agent
+    measured = [name for name in names if name not in not_here and "gpu" not in name]
+    assert len(measured) > 10
+    for name in measured:
+        assert state.metrics[name] == pytest.approx(told[name], abs=1e-3), name
+        assert f"| {name.replace('_', ' ')} | {told[name]} |" in card
+    assert all(state.metrics[name] > 0 for name in ("data_wait_seconds", "gather_wait_seconds", "flops_per_second"))
+    assert state.plan.sharding == "FULL_SHARD" and state.plan.micro_batch_size == 1
+    by_length = {name: loss for name, loss in told.items() if name.startswith("eval_loss_to_")}
+    assert by_length and by_length.items() <= state.metrics.items()
+    assert min(by_length.values()) <= told["eval_loss_after"] <= max(by_length.values())
 
 
 @pytest.fixture

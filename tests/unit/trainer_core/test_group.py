@@ -13,6 +13,7 @@ from qlora_trainer.data import Sequences
 from qlora_trainer.errors import LostPeer, MembersChange
 from qlora_trainer.group import Group, process_group
 from qlora_trainer.report import History
+from qlora_trainer.samples import SampleSet
 
 
 def test_the_result_of_a_group_that_was_broken_off_is_refused() -> None:
@@ -39,20 +40,20 @@ def test_an_evaluation_that_was_broken_off_is_not_kept(env: WorkerEnv, monkeypat
     group, model = Group(), SimpleNamespace(eval=lambda: None, train=lambda: None)
     data = SimpleNamespace(
         eval_sequences=Sequences(np.arange(3), np.arange(4), np.ones(3, np.int64)),
-        eval_samples=None,
+        eval_samples=SampleSet.of_lists([([i, i], [1, 1]) for i in range(3)]),
         plan=SimpleNamespace(micro_batch_size=1),
     )
     optimizer = SimpleNamespace(keep_best=lambda: None)
     session: Any = SimpleNamespace(env=env, data=data, model=model, optimizer=optimizer, group=group, snapshots=None)
     position: Any = SimpleNamespace(step=2, history=History())
-    reporter: Any = SimpleNamespace(alive=lambda: None, evaluated=lambda *_: None)
+    reporter: Any = SimpleNamespace(alive=lambda: None, evaluated=lambda *_: None, work=None)
 
-    def loss(_session: Any, micro: Any, *_: Any) -> torch.Tensor:
+    def losses(_session: Any, _clock: Any, micro: Any, *_: Any) -> torch.Tensor:
         if micro.index == breaks_at:
             group.broken_off.set()  # whatever it is, it came through collectives that did not end
-        return torch.tensor(0.5)
+        return torch.tensor([[1.5, 0.0]])
 
-    monkeypatch.setattr(train, "_loss", loss)
+    monkeypatch.setattr(train, "_losses", losses)
     breaks_at = 2
     with pytest.raises(LostPeer):
         train._evaluate(session, position, reporter)
@@ -61,3 +62,4 @@ def test_an_evaluation_that_was_broken_off_is_not_kept(env: WorkerEnv, monkeypat
     breaks_at = -1
     train._evaluate(session, position, reporter)
     assert position.history.evaluations == [(2, 1.5)]
+    assert position.history.by_length == [(2, {2: 1.5})]

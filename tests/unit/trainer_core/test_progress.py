@@ -9,7 +9,7 @@ import pytest
 from qlora_api.status import CheckpointStatus, Progress
 from qlora_api.types import CheckpointSpec
 from qlora_trainer import progress
-from qlora_trainer.control import WorkerEnv, WorkerState, read_worker_state
+from qlora_trainer.control import Control, WorkerEnv, WorkerState, read_worker_state, write_control
 from qlora_trainer.progress import Reporter
 from qlora_trainer.restore import Position
 
@@ -39,6 +39,11 @@ def test_a_run_that_stops_early_says_that_no_step_follows(env: WorkerEnv) -> Non
     reporter.publishing()
     told = state(env).progress
     assert (told.step, told.total_steps, told.eta_seconds, told.loss) == (12, 12, 0, 1.0)
+
+
+def test_the_agents_measures_are_in_the_report(env: WorkerEnv) -> None:
+    write_control(env.run_dir, Control(generation=1, metrics={"restart_seconds": 2.5}))
+    assert Reporter(env).measured() == {"restart_seconds": 2.5}
 
 
 def session(env: WorkerEnv, found: CheckpointStatus | None = None, **spec: Any) -> Any:
@@ -75,8 +80,8 @@ def test_a_checkpoint_by_time_is_due_though_the_worker_is_new(
 ) -> None:
     here = session(env, found(3, age) if age is not None else None, interval_seconds=60)
     reporter = Reporter(env)
-    monkeypatch.setattr(reporter, "_update", lambda *_, **__: None)
-    here.data = SimpleNamespace(samples=SimpleNamespace(meta=SimpleNamespace(num_tokens=1, num_tokens_cut=0)))
+    for told_elsewhere in ("_update", "_note_constants"):
+        monkeypatch.setattr(reporter, told_elsewhere, lambda *_, **__: None)
     reporter.start(here, Position(step))
     assert reporter.save_due(here, Position(step)) == due
     reporter.save_started(step, 0.0)

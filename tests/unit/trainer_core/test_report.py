@@ -31,7 +31,13 @@ def test_history_stays_small_and_travels() -> None:
     history.add_evaluation(10, 2.0)
     history.add_evaluation(10, 1.0)
     assert (history.eval_loss_before, history.eval_loss) == (3.0, 1.0)
-    assert History.of_json(history.to_json()) == history
+    history.add_evaluation(20, 1.5, {16: 1.0, 32: 2.0})
+    told = json.loads(json.dumps(history.to_json()))
+    assert History.of_json(told) == history
+    assert history.losses_by_length(20) == {"eval_loss_to_16_tokens": 1.0, "eval_loss_to_32_tokens": 2.0}
+    assert history.losses_by_length(10) == history.losses_by_length(15) == {}
+    del told["by_length"]  # a checkpoint of an older trainer
+    assert History.of_json(told).evaluations == history.evaluations
 
 
 @pytest.mark.parametrize(
@@ -61,12 +67,18 @@ def test_the_best_evaluation_is_the_first_lowest_of_a_trained_adapter(
 
 
 def test_picture_and_card(make_config: Any) -> None:
-    history = History(points=[(1, 2.0, 1e-4, 1.0), (2, 1.0, 1e-4, 1.0)], evaluations=[(0, 2.0), (2, 1.5)])
+    history = History(points=[(1, 2.0, 1e-4, 1.0), (2, 1.0, 1e-4, 1.0)], evaluations=[(0, 2.0)])
+    history.add_evaluation(2, 1.5, {32: 1.25})
     assert loss_picture(history, "run").startswith(b"\x89PNG")
     config = make_config(model={"uri": "hf://org/base"})
     metrics = adapter.metrics_of(history, 2, (2, 1.5), {"tokens_per_second": 12.34567})
     card = model_card(config, metrics, adapter.provenance_of(config, {"model_digest": "m", "dataset_digest": "d"}))
-    assert "base_model: org/base" in card and "| eval loss after | 1.5 |" in card and "torch" in card
+    assert (
+        "base_model: org/base" in card
+        and "| eval loss after | 1.5 |" in card
+        and "| eval loss to 32 tokens | 1.25 |" in card
+        and "torch" in card
+    )
     assert "`s3://bucket/runs/run-01234567/manifest.json`, two folders up" in card
 
 

@@ -194,6 +194,40 @@ def test_collectives_that_hang_are_broken_off_before_their_worker_is_ended(
     assert not read_control(tmp_path).abandon
 
 
+def test_a_restart_lasts_from_the_first_word_of_it_to_the_first_new_step(
+    joined: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(board_module.time, "monotonic", lambda: now[0])
+
+    def at(seconds: float, step: int, generation: int, first: bool = False) -> dict[str, float]:
+        now[0] = seconds
+        told = worker(generation, step)
+        joined.watch(0, told if first else told.model_copy(update={"metrics": {"step_seconds": 0.1}}))
+        return joined.report(0).metrics
+
+    joined.hear(view(1, "1", "2", prepare=2))
+    joined.hear(view(1, "1", "2"))
+    now[0] = 103.0
+    joined.hear(view(1, "1", "2", prepare=2))
+    assert "restart_seconds" not in at(103.1, 3, 1), "a step of the old generation"
+    joined.set_state(AgentState.READY)
+    joined.hear(view(2, "1"))
+    joined.join(2)
+    joined.set_state(AgentState.FAILED)  # its peer was gone before it came together
+    joined.hear(view(3, "1"))
+    joined.join(3)
+    assert "restart_seconds" not in at(106.0, 3, 3, first=True), "restored"
+    assert at(107.0, 4, 3)["restart_seconds"] == 4.0
+    assert at(110.0, 5, 3)["restart_seconds"] == 4.0
+    assert read_control(tmp_path).metrics == {"restart_seconds": 4.0}, "for the run's report"
+
+
+def test_a_first_start_is_no_restart(joined: Board) -> None:
+    joined.watch(0, worker(1, 3).model_copy(update={"metrics": {"step_seconds": 0.1}}))
+    assert "restart_seconds" not in joined.report(0).metrics
+
+
 def test_a_worker_of_an_older_generation_is_not_looked_at(joined: Board) -> None:
     joined.join(2)
     joined.watch(0, worker(1, 9))

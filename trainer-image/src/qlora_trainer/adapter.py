@@ -132,6 +132,7 @@ def metrics_of(
         "eval_loss_before": history.eval_loss_before,
         "eval_loss_after": published[1],
         **{name: round(value, 4) for name, value in measured.items()},
+        **history.losses_by_length(published[0]),
     }
 
 

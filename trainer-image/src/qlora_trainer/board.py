@@ -48,6 +48,7 @@ class Board:
         self._num_nodes = 1  # of the generation that it joined
         self._wanted_since: float | None = None  # when the workers were first asked to park
         self._force_park = False
+        self._change: tuple[int, float] | None = None  # the generation that ends, when that was first heard of
         self._metrics: dict[str, float] = {}
         self._work_seconds: dict[int, float] = {}  # by local rank
         self._told: Control | None = None
@@ -83,6 +84,10 @@ class Board:
             if not self._heard:
                 self._heard, self._floor = True, max(self._floor, view.generation)
             self.view = view
+            if view.prepare > self.joined:
+                self._note_change()
+            elif self.state == AgentState.RUNNING and self._change and self._change[0] == self.joined:
+                self._change = None  # it was called off
             self._tell_workers()
             self.changed.notify_all()
 
@@ -121,6 +126,8 @@ class Board:
         """Change the reported state at once."""
         with self.changed:
             self.state = state
+            if state != AgentState.RUNNING:
+                self._note_change()
             self.termination = termination or self.termination
             self.changed.notify_all()
         self.hurry()
@@ -142,8 +149,10 @@ class Board:
             self._snapshot_step = step
 
     def set_metric(self, name: str, value: float) -> None:
+        """The agent's own: reported, and told to the workers for the run's report."""
         with self.changed:
             self._metrics[name] = value
+            self._tell_workers()
 
     def force_park(self) -> None:
         """Ask the workers for a step boundary though the coordinator has not (it is silent, or nobody is left)."""
@@ -207,6 +216,14 @@ class Board:
             self._step_seconds.append(((now - self._step_time) / num_steps, self._num_nodes))
         if not trains or num_steps:
             self._step_time = now
+        if "step_seconds" in worker.metrics and self._change and self._change[0] < self.joined:
+            self.set_metric("restart_seconds", now - self._change[1])
+            self._change = None
+
+    def _note_change(self) -> None:
+        """The generation that this pod is in comes to its end; the first word of it counts."""
+        if self.joined and self._change is None:
+            self._change = self.joined, time.monotonic()
 
     def _slowest_work(self) -> dict[str, float]:
         """Of all measures of a pod's workers this one is its slowest worker's, not its first's."""
@@ -260,6 +277,7 @@ class Board:
             command=self.view.command,
             abandon=self._abandon,
             assigns=self._assigns,
+            metrics=self._metrics,
         )
         if control != self._told:
             write_control(self._run_dir, control)

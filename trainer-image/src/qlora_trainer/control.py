@@ -13,6 +13,7 @@ from typing import TypeVar
 from pydantic import Field
 
 from qlora_api.base import ApiModel
+from qlora_api.memory import Plan
 from qlora_api.run import CACHE_DIR, RUN_DIR, SECRETS_DIR, Command, Termination
 from qlora_api.status import Artifacts, CheckpointStatus, Progress
 
@@ -68,6 +69,7 @@ class Control(ApiModel):
     prepare: int = Field(0, description="Above generation while a change of members is being prepared.")
     abandon: bool = Field(False, description="This generation's collectives will not end: leave without the others.")
     assigns: bool = Field(False, description="Workers that stand are given places in the next generation.")
+    metrics: dict[str, float] = Field(default_factory=dict, description="The agent's measures, for the run's report.")
     command: Command = Command.RUN
 
 
@@ -102,6 +104,7 @@ class WorkerState(ApiModel):
     checkpoint: CheckpointStatus | None = None
     artifacts: Artifacts | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
+    plan: Plan | None = None
 
 
 Model = TypeVar("Model", bound=ApiModel)

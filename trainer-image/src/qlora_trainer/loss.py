@@ -14,7 +14,7 @@ IGNORED = -100
 
 
 def token_losses(logits: Tensor, labels: Tensor, cap: float, scale: float) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy (float32 scalar) over labels that are not IGNORED, and its gradient by `logits`.
+    """Cross-entropy of each token, float32 (tokens,), 0 where it is IGNORED, and the gradient of the sum by `logits`.
 
     logits (tokens, vocabulary) of any floating type; `scale` multiplies them, `cap` > 0 caps them by
     cap * tanh(logits / cap) afterwards (Gemma 2).
@@ -26,7 +26,7 @@ def token_losses(logits: Tensor, labels: Tensor, cap: float, scale: float) -> tu
     counted = labels != IGNORED
     target = torch.where(counted, labels, 0)
     normalizer = torch.logsumexp(values, -1)
-    loss = torch.where(counted, normalizer - values.gather(1, target[:, None]).squeeze(1), 0.0).sum()
+    loss = torch.where(counted, normalizer - values.gather(1, target[:, None]).squeeze(1), 0.0)
     columns = torch.arange(values.shape[1], device=values.device)
     grad = torch.exp(values - normalizer[:, None]) - (columns[None] == target[:, None]).float()
     grad = torch.where(counted[:, None], grad, 0.0) * scale
@@ -35,7 +35,7 @@ def token_losses(logits: Tensor, labels: Tensor, cap: float, scale: float) -> tu
     return loss, grad.to(logits.dtype)
 
 
-class _ChunkedLoss(torch.autograd.Function):
+class _ChunkedLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -49,25 +49,24 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> Tensor:
         wants_grad = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if wants_grad else hidden.new_empty(0)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         for start in range(0, hidden.shape[0], CHUNK):
             part = slice(start, min(start + CHUNK, hidden.shape[0]))
             logits = torch.nn.functional.linear(hidden[part], weight, bias)
-            loss, logits_grad = inner(logits, labels[part], cap, scale)
-            total += loss
+            losses[part], logits_grad = inner(logits, labels[part], cap, scale)
             if wants_grad:
                 torch.mm(logits_grad, weight, out=grad[part])
             del logits, logits_grad  # before the next chunk's, not after
         ctx.save_for_backward(grad)
-        return total
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = ctx.saved_tensors
-        return grad * grads[0].to(grad.dtype), None, None, None, None, None, None
+        return grad * grads[0].to(grad.dtype)[:, None], None, None, None, None, None, None
 
 
-def chunked_loss(
+def chunked_losses(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -76,5 +75,8 @@ def chunked_loss(
     scale: float = 1.0,
     inner: Any = token_losses,
 ) -> Tensor:
-    """Summed cross-entropy, float32: hidden (tokens, d), weight (vocabulary, d), labels (tokens,), already shifted."""
-    return _ChunkedLoss.apply(hidden, weight, bias, labels, cap, scale, inner)  # type: ignore[no-any-return]
+    """Cross-entropy of each token, float32 (tokens,), 0 where it is IGNORED.
+
+    hidden (tokens, d), weight (vocabulary, d), labels (tokens,), already shifted.
+    """
+    return _ChunkedLosses.apply(hidden, weight, bias, labels, cap, scale, inner)  # type: ignore[no-any-return]

@@ -26,7 +26,7 @@ from qlora_trainer.inject import measure_magnitudes, plan_groups, replace_linear
 from qlora_trainer.layers import compiles, set_forward
 from qlora_trainer.loader import PackedModel, corrupt, discard_damaged
 from qlora_trainer.lora import Adapter, Group, LayerState
-from qlora_trainer.loss import IGNORED, chunked_loss, token_losses
+from qlora_trainer.loss import IGNORED, chunked_losses, token_losses
 from qlora_trainer.quant import FP_TYPES, fingerprint
 from qlora_trainer.sharding import gathered, mesh_of_one, place_base, release_base
 from qlora_trainer.skeleton import CausalLM, build_skeleton, decoder_layers
@@ -92,22 +92,24 @@ class TrainableModel:
     def loss(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, num_tokens: float | Tensor
     ) -> Tensor:
-        """Summed cross-entropy of this micro batch over `num_tokens`, a float32 scalar.
+        """Summed cross-entropy of this micro batch over `num_tokens`, a float32 scalar. Arguments: see `losses`."""
+        return self.losses(input_ids, labels, position_ids).sum() / num_tokens
+
+    def losses(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Cross-entropy of what follows each position, float32 (batch, length), 0 where nothing is trained.
 
         input_ids, labels, position_ids: (batch, length) int64; labels unshifted, -100 is ignored. Positions that
         restart at 0 mark packed samples, which neither attend to nor predict each other. Pass them from the host:
-        looking for restarts on the GPU waits for it. Call `backward` before the next `loss`: it refreshes the copies.
+        looking for restarts on the GPU waits for it. Call `backward` before the next pass: it refreshes the copies.
         """
         packed = position_ids is not None and bool((position_ids[:, 1:] == 0).any())
         shifted = torch.full_like(labels, IGNORED)
         shifted[:, :-1] = labels[:, 1:]
-        if packed:
-            assert position_ids is not None
+        if packed and position_ids is not None:
             shifted[:, :-1][position_ids[:, 1:] == 0] = IGNORED
         self.adapter.refresh()
         hidden = self.hidden_states(input_ids, position_ids if packed else None)
-        total = self._head_loss(hidden, shifted.to(self.device, non_blocking=True))
-        return total / num_tokens
+        return self._head_losses(hidden, shifted.to(self.device, non_blocking=True)).view(labels.shape)
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """The decoder's last hidden states, (batch, length, d)."""
@@ -151,14 +153,14 @@ class TrainableModel:
         noise = torch.rand(embeddings.shape, generator=generator, device=self.device) * (2 * bound) - bound
         return embeddings.detach() + noise.to(embeddings.dtype)
 
-    def _head_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _head_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         head = self.hf_model.get_output_embeddings()
         assert head is not None, "a causal LM has a head"
         config = self.hf_config
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         cap = getattr(config, "final_logit_softcapping", None) or 0.0
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return chunked_loss(flat, head.weight, head.bias, labels.view(-1), cap, scale, self._token_losses)
+        return chunked_losses(flat, head.weight, head.bias, labels.view(-1), cap, scale, self._token_losses)
 
 
 def build_model(

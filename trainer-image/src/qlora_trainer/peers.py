@@ -12,6 +12,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.torch_version import TorchVersion
 
 from qlora_trainer.quant import ALIGNMENT
+from qlora_trainer.workclock import GATHERS
 
 ENV_PEERS = "QLORA_PEER_GATHER"  # "0": FSDP2 gathers even on one host
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -74,15 +76,17 @@ class PeerBase:
 
     def open(self, index: int) -> Tensor:
         """A layer's bytes, uint8, valid for what is queued on the current stream before `close`."""
-        self._fetch(index)
-        if self._stream:
-            torch.cuda.current_stream().wait_event(self._ready[index % 2])
+        with GATHERS.waiting():
+            self._fetch(index)
+            if self._stream:
+                torch.cuda.current_stream().wait_event(self._ready[index % 2])
         return self._views[index]
 
     def close(self, index: int, then: int) -> None:
         """Everything that reads the layer is queued: its slot takes the layer `then` further on (2 or -2), if any."""
         if 0 <= index + then < len(self._parts):
-            self._fetch(index + then)
+            with nullcontext() if self._stream else GATHERS.waiting():  # a CPU copies now
+                self._fetch(index + then)
 
     def forget(self) -> None:
         """Read everything again when it is needed next."""

@@ -12,16 +12,14 @@ import time
 from collections import deque
 from datetime import UTC, datetime
 
-import torch
-
 from qlora_api.run import METRIC_STEP_WORK
 from qlora_api.status import Artifacts, CheckpointStatus, Progress
-from qlora_trainer.control import Phase, WorkerEnv, WorkerState, write_worker_state
+from qlora_trainer.control import Phase, WorkerEnv, WorkerState, read_control, write_worker_state
 from qlora_trainer.data import MicroBatch, Sequences
 from qlora_trainer.errors import StorageError
+from qlora_trainer.measures import GpuMemory, Utilization, base_bytes, planned
 from qlora_trainer.restore import Position
 from qlora_trainer.session import Session
-from qlora_trainer.sharding import peers_of
 from qlora_trainer.workclock import WorkClock
 
 _WINDOW = 20  # steps that speed and ETA look back on
@@ -34,6 +32,8 @@ class Reporter:
     def __init__(self, env: WorkerEnv) -> None:
         self.loss = self.rate = self.norm = 0.0
         self.work = WorkClock(env.device_type)
+        self._memory = GpuMemory(env.device_type == "cuda")
+        self._utilization: Utilization | None = None
         self._env = env
         self._born = time.monotonic()
         self._steps: deque[tuple[float, int]] = deque(maxlen=_WINDOW + 1)  # (time, tokens) after each step
@@ -60,8 +60,7 @@ class Reporter:
         """Set up and restored."""
         self._saved_at -= _age(session.checkpoints.found, position)
         self._measured["start_seconds"] = time.monotonic() - self._born
-        meta = session.data.samples.meta
-        self._measured["tokens_cut_share"] = meta.num_tokens_cut / max(1, meta.num_tokens + meta.num_tokens_cut)
+        self._note_constants(session)
         self._steps.append((time.monotonic(), position.history.num_tokens))
         self._update(session, position, phase=Phase.TRAINING)
 
@@ -74,7 +73,8 @@ class Reporter:
             self._measured["step_seconds"] = self._steps[-1][0] - self._steps[-2][0]
         if (seconds := self.work.median_seconds) is not None:
             self._measured[METRIC_STEP_WORK] = seconds
-        self._measured |= _memory(session)
+        self._measured |= {**self.work.waits, **self._memory.measures(session.model)}
+        self._measured["host_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
         self._update(session, position)
 
     def evaluated(self, session: Session, position: Position) -> None:
@@ -132,6 +132,7 @@ class Reporter:
         """A durable checkpoint is under way; the loop stood still for `stall` seconds."""
         self._saved_at = time.monotonic()
         self._saving = self._save_step = step
+        self._memory.save_started()
         self._measured["checkpoint_stall_seconds"] = stall
 
     def saved(self, session: Session, error: StorageError | None) -> None:
@@ -141,7 +142,8 @@ class Reporter:
     def measured(self) -> dict[str, float]:
         """Measures of the run so far, by the names of docs/metrics.md."""
         speed = self._state.progress.tokens_per_second
-        return {**self._measured, **({"tokens_per_second": speed} if speed else {})}
+        of_agent = read_control(self._env.run_dir).metrics
+        return {**of_agent, **self._measured, **({"tokens_per_second": speed} if speed else {})}
 
     def trace(self, micro: MicroBatch, sequences: Sequences) -> None:
         """When asked for: which samples a step consumed."""
@@ -152,7 +154,19 @@ class Reporter:
         with self._trace_path.open("a") as out:
             out.write(json.dumps(line) + "\n")
 
+    def _note_constants(self, session: Session) -> None:
+        """What does not change while this generation trains."""
+        spec, model, samples = session.config.spec, session.model, session.data.samples
+        cut, held = samples.meta.num_tokens_cut, samples.meta.num_tokens
+        self._measured |= {"base_bytes": float(base_bytes(model)), "tokens_cut_share": cut / max(1, held + cut)}
+        self._measured |= planned(model.plan)
+        world = session.env.world_size
+        self._utilization = Utilization(spec, model.hf_config, samples.lengths, world, session.device)
+        self._state = self._state.model_copy(update={"plan": model.plan})
+
     def _note_save(self, session: Session, error: StorageError | None) -> None:
+        if not session.checkpoints.busy:
+            self._memory.save_ended()
         if error is not None:
             self._measured["checkpoint_failures"] = session.checkpoints.num_failures
             print(f"checkpoint failed, training goes on: {error}", flush=True)
@@ -164,13 +178,17 @@ class Reporter:
 
     def _update(self, session: Session, position: Position, phase: Phase | None = None) -> None:
         checkpoint: CheckpointStatus | None = session.checkpoints.newest or session.checkpoints.found
+        progress = self._progress(session, position)
+        if self._utilization is not None:
+            self._measured |= self._utilization.measures(progress.tokens_per_second)
+        evaluated = position.history.evaluations[-1][0] if position.history.evaluations else -1
         self._state = self._state.model_copy(
             update={
                 "phase": phase or self._state.phase,
-                "progress": self._progress(session, position),
+                "progress": progress,
                 "snapshot_step": position.step if session.snapshots else None,
                 "checkpoint": checkpoint or self._state.checkpoint,
-                "metrics": dict(self._measured),
+                "metrics": {**self._measured, **position.history.losses_by_length(evaluated)},
             }
         )
         self._write()
@@ -202,13 +220,3 @@ def _age(found: CheckpointStatus | None, position: Position) -> float:
     if found is None:
         return math.inf if position.step else 0.0
     return max(0.0, (datetime.now(UTC) - found.time).total_seconds())
-
-
-def _memory(session: Session) -> dict[str, float]:
-    """Peaks of this process, bytes."""
-    measures = {"host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}
-    if session.device.type == "cuda":
-        peers = peers_of(session.model.layers[0])
-        shard = peers.base.uncounted_bytes if peers is not None else 0
-        measures["gpu_memory_bytes"] = float(torch.cuda.max_memory_reserved(session.device) + shard)
-    return measures

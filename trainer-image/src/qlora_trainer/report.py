@@ -7,6 +7,7 @@ MAX_POINTS training points, halving its resolution when it is full. Nothing here
 import io
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from shlex import quote
@@ -23,11 +24,15 @@ ADAPTER_KEY = f"{ADAPTERS}/GENERATION"  # in the card until it is uploaded: only
 
 @dataclass
 class History:
-    """Training points (step, loss, learning rate, gradient norm) and evaluations (step, loss), steps from 1."""
+    """Training points (step, loss, learning rate, gradient norm) and evaluations (step, loss), steps from 1.
+
+    `by_length` has an evaluation's losses by the samples' lengths: (step, {tokens of the longest: loss}).
+    """
 
     every: int = 1
     points: list[tuple[int, float, float, float]] = field(default_factory=list)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
+    by_length: list[tuple[int, dict[int, float]]] = field(default_factory=list)
     num_tokens: int = 0  # trained on, padding not counted
 
     def add(self, step: int, loss: float, rate: float, norm: float) -> None:
@@ -38,9 +43,16 @@ class History:
             self.every *= 2
             self.points = [point for point in self.points if point[0] % self.every == 0]
 
-    def add_evaluation(self, step: int, loss: float) -> None:
+    def add_evaluation(self, step: int, loss: float, by_length: Mapping[int, float] | None = None) -> None:
         """One evaluation after `step` steps; one at the same step replaces the earlier."""
         self.evaluations = [*(e for e in self.evaluations if e[0] != step), (step, round(loss, 6))]
+        rounded = {longest: round(loss, 6) for longest, loss in (by_length or {}).items()}
+        self.by_length = [*(e for e in self.by_length if e[0] != step), (step, rounded)]
+
+    def losses_by_length(self, step: int) -> dict[str, float]:
+        """The losses of the evaluation after `step` steps by the samples' lengths, by the names of docs/metrics.md."""
+        found = dict(self.by_length).get(step, {})
+        return {f"eval_loss_to_{longest}_tokens": loss for longest, loss in found.items()}
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the evaluation after `step` steps is known."""
@@ -74,7 +86,8 @@ class History:
     def of_json(cls, values: dict[str, Any]) -> "History":
         points = [(int(s), float(loss), float(rate), float(norm)) for s, loss, rate, norm in values["points"]]
         evaluations = [(int(step), float(loss)) for step, loss in values["evaluations"]]
-        return cls(int(values["every"]), points, evaluations, int(values["num_tokens"]))
+        lengths = [(int(s), {int(n): float(loss) for n, loss in of.items()}) for s, of in values.get("by_length", [])]
+        return cls(int(values["every"]), points, evaluations, lengths, int(values["num_tokens"]))
 
 
 def loss_picture(history: History, title: str) -> bytes:

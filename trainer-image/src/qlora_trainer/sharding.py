@@ -22,6 +22,7 @@ from qlora_api.footprint import Sharding
 from qlora_api.memory import Plan
 from qlora_trainer.loader import PackedModel
 from qlora_trainer.peers import PeerLayer, open_peers, part_size
+from qlora_trainer.workclock import GATHERS
 
 _KEEPS_BYTES = ("_to_copy", "new_zeros", "new_empty", "empty_like", "zeros_like")
 
@@ -167,6 +168,9 @@ def shard_layer(layer: nn.Module, mesh: DeviceMesh, strategy: Sharding, offload:
     policy = CPUOffloadPolicy(pin_memory=pin_memory) if offload else OffloadPolicy()
     reshard = strategy == "FULL_SHARD"
     fully_shard(layer, mesh=mesh, reshard_after_forward=reshard, offload_policy=policy, ignored_params=ignored)
+    gather: Any = fully_shard.state(layer)._fsdp_param_group  # type: ignore[attr-defined] # of one parameter
+    for name in ("unshard", "wait_for_unshard"):  # on a CPU the first waits for the collective
+        setattr(gather, name, GATHERS.timed(getattr(gather, name)))
 
 
 def shard_root(module: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh) -> None:

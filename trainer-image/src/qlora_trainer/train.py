@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from qlora_api.run import CONFIG_PATH, Command, ExitCode, TrainConfig, parse_config
 from qlora_api.status import Artifacts
@@ -22,12 +23,14 @@ from qlora_trainer.control import WorkerEnv, read_control, read_worker_state, wr
 from qlora_trainer.data import MicroBatch, Sequences, collate, cut, num_targets, num_tokens, share
 from qlora_trainer.errors import BadConfig, MembersChange, Stopped, TrainerError, classify
 from qlora_trainer.group import process_group
+from qlora_trainer.lengths import NUM_LENGTHS, losses_by_length, means_by_length
 from qlora_trainer.progress import Reporter
 from qlora_trainer.publish import find_published, publish
 from qlora_trainer.restore import Position, restore
 from qlora_trainer.samples import SampleSet
 from qlora_trainer.session import Session, fits_alone, make_ready, prepare, set_up
 from qlora_trainer.standing import Kept, next_place, stand
+from qlora_trainer.workclock import WorkClock
 
 ENV_CONFIG = "QLORA_CONFIG"
 _POLL_SECONDS = 0.05  # between looks at an upload under way
@@ -119,7 +122,7 @@ def _rehearse(config: TrainConfig, env: WorkerEnv, kept: Kept) -> None:
     with process_group(alone) as group:
         session = set_up(config, alone, group, kept, prepared)
     first = session.data.plan.global_batch(0)[0]
-    session.model.loss(*_tensors(session, first, session.data.samples, session.data.sequences), 1).backward()
+    session.model.losses(*_tensors(session, first, session.data.samples, session.data.sequences)).sum().backward()
 
 
 def _run_generation(config: TrainConfig, env: WorkerEnv, reporter: Reporter, kept: Kept) -> Artifacts:
@@ -165,7 +168,7 @@ def _step(session: Session, position: Position, reporter: Reporter) -> list[bool
     divisor = targets if session.config.spec.quantization.compute_dtype == "float16" else 1
     optimizer.zero_grad()
     for micro in share(batch, env.rank, env.world_size):
-        loss = _loss(session, micro, data.samples, data.sequences, targets // divisor)
+        loss = _losses(session, reporter.work, micro, data.samples, data.sequences).sum() / (targets // divisor)
         faults.reach("backward", step)
         loss.backward()
         optimizer.add_loss(loss)
@@ -190,22 +193,20 @@ def _step(session: Session, position: Position, reporter: Reporter) -> list[bool
     return flags
 
 
-def _loss(session: Session, micro: MicroBatch, samples: SampleSet, sequences: Sequences, targets: int) -> torch.Tensor:
-    """The micro batch's share of a loss that is averaged over `targets` tokens."""
+def _losses(session: Session, clock: WorkClock, micro: MicroBatch, samples: SampleSet, sequences: Sequences) -> Tensor:
+    """The micro batch's losses by token: TrainableModel.losses."""
     faults.reach("data", micro.step)
-    tensors = _tensors(session, micro, samples, sequences)
+    with clock.loading():
+        tensors = _tensors(session, micro, samples, sequences)
     session.model.set_step_seed(session.config.spec.training.seed, micro.step, micro.index)
     faults.reach("forward", micro.step)
-    return session.model.loss(*tensors, targets)
+    return session.model.losses(*tensors)
 
 
-def _tensors(
-    session: Session, micro: MicroBatch, samples: SampleSet, sequences: Sequences
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _tensors(session: Session, micro: MicroBatch, samples: SampleSet, sequences: Sequences) -> list[Tensor]:
     """Input ids, labels and position ids of a micro batch, on the host."""
     arrays = collate(micro, sequences, samples, session.data.pad_id, session.config.spec.training.max_length)
-    ids, labels, positions = map(torch.from_numpy, (arrays.input_ids, arrays.labels, arrays.position_ids))
-    return ids, labels, positions
+    return [torch.from_numpy(array) for array in (arrays.input_ids, arrays.labels, arrays.position_ids)]
 
 
 def _wishes(session: Session) -> tuple[bool, bool]:
@@ -225,24 +226,26 @@ def _evaluation_due(session: Session, position: Position) -> bool:
 
 @torch.no_grad()
 def _evaluate(session: Session, position: Position, reporter: Reporter) -> None:
-    """Mean loss over the evaluation tokens; given up for a wish of an agent and then done again after it."""
+    """Mean loss over the evaluation tokens, by length, too; given up for a wish of an agent and then done after it."""
     data, env = session.data, session.env
-    batch = cut(range(len(data.eval_sequences)), data.plan.micro_batch_size, position.step)
-    targets = num_targets(batch, data.eval_sequences)
-    total = torch.zeros(3)
+    samples, sequences = data.eval_samples, data.eval_sequences
+    batch = cut(range(len(sequences)), data.plan.micro_batch_size, position.step)
+    total = torch.zeros(2 + NUM_LENGTHS, dtype=torch.float64)
     session.model.eval()
     for micro in share(batch, env.rank, env.world_size):
-        loss = _loss(session, micro, data.eval_samples, data.eval_sequences, targets)
-        part = torch.tensor([float(loss), *_wishes(session)])
+        losses = _losses(session, reporter.work, micro, samples, sequences).cpu().numpy()
+        sums = losses_by_length(micro, sequences, samples, losses)
+        part = torch.tensor([*_wishes(session), *sums], dtype=total.dtype)
         if env.world_size > 1:
             torch.distributed.all_reduce(part)
         session.group.require_whole()  # the loss came through collectives, too
         total += part
         reporter.alive()
-        if part[1:].any():
-            _park(session, position, reporter, bool(part[2]))
+        if part[:2].any():
+            _park(session, position, reporter, bool(part[1]))
     session.model.train()
-    position.history.add_evaluation(position.step, float(total[0]))
+    loss = float(total[2:].sum()) / num_targets(batch, sequences)
+    position.history.add_evaluation(position.step, loss, means_by_length(total[2:].numpy(), sequences, samples))
     if (best := position.history.best_evaluation) and best[0] == position.step:
         if session.snapshots:
             session.snapshots.wait()
