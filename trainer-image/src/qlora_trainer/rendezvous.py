@@ -3,7 +3,8 @@
 Rules: `next_rendezvous` reports READY and waits for a newer generation that contains this pod; `num_nodes_waiting` is 1
 once a newer one is being prepared and the workers stand at a step boundary (or cannot any more). Every generation has a
 TCPStore of its own on its first member: nobody hosts anything for longer than a generation. Whatever fails on the way
-in (a member that died meanwhile) leads back to waiting; nothing blocks longer than STORE_SECONDS.
+in (a member that died meanwhile) leads back to waiting; nothing blocks longer than STORE_SECONDS. All others wait for
+who cannot reach the store: it says so soon, and is no candidate for a while when that happens again and again.
 """
 
 import logging
@@ -16,12 +17,16 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import RendezvousGracefulExitError, RendezvousStoreInfo
 
-from qlora_api.run import STORE_PORT, AgentState
+from qlora_api.names import Reason
+from qlora_api.run import STORE_PORT, AgentState, ExitCode, Termination
 from qlora_trainer import faults
 from qlora_trainer.board import Board
 
 BACKEND = "qlora"
 STORE_SECONDS = 20.0
+REACH_SECONDS = 5.0  # for the store's host to listen: it stood with all others, so it has only to hear of it
+ASIDE_SECONDS = 10.0  # out of the others' way after the second time in a row; twice as long after each further one
+_LONGEST_ASIDE_SECONDS = 120.0
 _PORTS = 100
 
 log = logging.getLogger(__name__)
@@ -62,7 +67,7 @@ class QloraRendezvous(RendezvousHandler):
             self._rehearsed = True
             self._store = TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
             return RendezvousInfo(self._store, 0, 1, RendezvousStoreInfo("127.0.0.1", self._store.port))
-        started = time.monotonic()
+        started, num_failures = time.monotonic(), 0
         while True:
             self._board.set_state(AgentState.READY)
             faults.reach("rendezvous")
@@ -78,6 +83,10 @@ class QloraRendezvous(RendezvousHandler):
             if store is not None:
                 break
             log.warning("generation %d did not come together: back into the rendezvous", generation)
+            if not self._board.superseded():
+                num_failures += 1
+                what = f"node {rank} of generation {generation} finds no store at {host}:{port}"
+                self._stand_aside(num_failures, f"{what}: the run's pods must reach each other at all ports")
         self._store = store
         self._board.set_metric("rendezvous_seconds", time.monotonic() - started)
         log.info("generation %d: node %d of %d, store %s:%d", generation, rank, len(view.members), host, port)
@@ -96,14 +105,26 @@ class QloraRendezvous(RendezvousHandler):
         self._store = None
         return True
 
+    def _stand_aside(self, num_failures: int, message: str) -> None:
+        """Tell why the others wait; after the first failure in a row, let them begin without this pod."""
+        lost = Termination(exit_code=ExitCode.LOST_PEER, reason=Reason.LOST_PEER, message=message)
+        if num_failures == 1:
+            self._board.set_state(AgentState.READY, lost)
+            return
+        self._board.set_state(AgentState.WARMING, lost)
+        deadline = time.monotonic() + min(_LONGEST_ASIDE_SECONDS, ASIDE_SECONDS * 2.0 ** (num_failures - 2))
+        while time.monotonic() < deadline and not self._board.stopping:
+            time.sleep(0.1)
+
     def _open_store(self, host: str, port: int, rank: int, num_nodes: int) -> TCPStore | None:
         """The generation's store, or None when it is superseded or its host does not answer in time."""
-        deadline = time.monotonic() + STORE_SECONDS
-        while time.monotonic() < deadline and not self._board.superseded():
+        start, patience = time.monotonic(), STORE_SECONDS if rank == 0 else REACH_SECONDS
+        while time.monotonic() < start + patience and not self._board.superseded():
             try:
                 if rank == 0:
                     return _host_store(host, port, num_nodes)
                 _require_listener(host, port)
+                patience = STORE_SECONDS  # torch looks the peer's name up: once in a process, however long that takes
                 return TCPStore(
                     host, port, num_nodes, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False
                 )
