@@ -13,6 +13,7 @@ from enum import IntEnum, StrEnum
 from pydantic import Field
 
 from qlora_api.base import ApiModel
+from qlora_api.memory import Plan
 from qlora_api.status import Artifacts, CheckpointStatus, Member, Progress
 from qlora_api.types import QLoRAFinetuneSpec
 
@@ -58,7 +59,7 @@ class ExitCode(IntEnum):
     LOST_PEER = 79  # a collective broke: free, follows from another pod's fate
     STOPPED = 80  # told to stop (suspend, SIGTERM): free
     FENCED = 81  # a newer generation exists: free
-    FAULTY_NODE = 82  # GPU or links failed the check before training: counts, is retried elsewhere
+    FAULTY_NODE = 82  # GPU or links failed the check before training, or later: counts, is retried elsewhere
 
 
 NEVER_RETRIED = frozenset({ExitCode.BAD_CONFIG, ExitCode.BAD_DATA, ExitCode.BAD_MODEL, ExitCode.BAD_ADAPTER})
@@ -101,6 +102,7 @@ class Report(ApiModel):
     artifacts: Artifacts | None = None
     termination: Termination | None = None
     metrics: dict[str, float] = Field({}, description="Names as in docs/metrics.md; exported to Prometheus.")
+    plan: Plan | None = Field(None, description="Memory plan that the workers of `generation` follow.")
 
 
 class Membership(ApiModel):

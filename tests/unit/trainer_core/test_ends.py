@@ -40,6 +40,49 @@ def test_errors_have_exit_codes(error: Exception, code: ExitCode, reason: str) -
     assert termination.message and (termination.rank, termination.step) == (1, 7)
 
 
+def nccl(what: str, last: str) -> torch.distributed.DistBackendError:
+    """As torch tells of NCCL's errors."""
+    text = f"NCCL error in: ProcessGroupNCCL.cpp:1, {what} (run with NCCL_DEBUG=INFO for details)\nLast error:\n{last}"
+    return torch.distributed.DistBackendError(text)
+
+
+ECC = "uncorrectable ECC error encountered"
+SYSTEM, CUDA, REMOTE = (
+    "unhandled system error",
+    "unhandled cuda error",
+    "remote process exited or there was a network error",
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (nccl("invalid usage", "Bootstrap : no socket interface found"), ExitCode.INTERNAL, "NCCL_SOCKET_IFNAME"),
+        (
+            nccl(SYSTEM, "Error while creating shared memory segment /dev/shm/nccl-a"),
+            ExitCode.INTERNAL,
+            "limits.memory",
+        ),
+        (nccl(CUDA, "Cuda failure 401 'not in the present state'"), ExitCode.INTERNAL, "Fabric Manager"),
+        (nccl(CUDA, "Cuda failure 2 'out of memory'"), ExitCode.OUT_OF_MEMORY, "microBatchSize"),
+        (nccl(CUDA, f"Cuda failure 214 '{ECC}'"), ExitCode.FAULTY_NODE, "cordon"),
+        (torch.AcceleratorError(f"CUDA error: {ECC}"), ExitCode.FAULTY_NODE, "cordon"),
+        (RuntimeError("Unable to determine the device handle: GPU is lost"), ExitCode.FAULTY_NODE, "cordon"),
+        (nccl(REMOTE, "socketProgress: Connection closed by remote peer"), ExitCode.LOST_PEER, "remote"),
+        (nccl(SYSTEM, "connect to 10.0.0.2 returned Connection refused"), ExitCode.LOST_PEER, "refused"),
+        (nccl(SYSTEM, "Error while attaching to shared memory segment /dev/shm/nccl-a"), ExitCode.LOST_PEER, "attach"),
+        (nccl(CUDA, "Invalid access of peer GPU memory over nvlink or a hardware error"), ExitCode.LOST_PEER, "peer"),
+        (nccl("internal error", "Call to recv failed : Broken pipe"), ExitCode.LOST_PEER, "recv"),
+        (torch.distributed.DistStoreError("wait timeout after 5000ms"), ExitCode.LOST_PEER, "timeout"),
+    ],
+    ids=lambda value: str(value).splitlines()[-1][:60] if isinstance(value, Exception) else None,
+)
+def test_own_faults_are_told_from_lost_peers(error: Exception, code: ExitCode, says: str) -> None:
+    termination = errors.classify(error)
+    assert termination.exit_code == code and says in termination.message
+    assert termination.reason
+
+
 def test_every_error_class_has_a_code_of_its_own() -> None:
     classes = errors.TrainerError.__subclasses__()
     assert len({cls.exit_code for cls in classes}) == len(classes)

@@ -117,6 +117,23 @@ _LOST_PEER_TEXTS = (
     "collective was aborted",
     "wait timeout",
 )
+# Texts by which CUDA tells that the GPU or its links broke down, whoever asked it.
+_FAULTY_NODE_TEXTS = ("uncorrectable ecc", "uncorrectable nvlink", "fallen off the bus", "gpu is lost")
+_NODE_HINT = "cordon the node and have its GPUs examined (Xid lines of the kernel log); the pod is started elsewhere"
+# What NCCL fails at alone, and where to look. Its error codes do not tell: a peer that is gone ends as a remote, system
+# or internal error, so that only the texts below, of its "Last error", are certainly this rank's own.
+_INTERFACE_HINT = "no network interface of this pod is what NCCL_SOCKET_IFNAME in podTemplate asks for: correct it"
+_SHM_HINT = "/dev/shm is too small for NCCL: raise resourcesPerNode.limits.memory, or the volume's limit in podTemplate"
+_OWN_NCCL_TEXTS = {
+    "no socket interface found": _INTERFACE_HINT,
+    "no usable listening interface found": _INTERFACE_HINT,
+    "no interface found": _INTERFACE_HINT,
+    "creating shared memory segment": _SHM_HINT,  # attaching to one fails when its maker is gone
+    "failed to extend /dev/shm": _SHM_HINT,
+    "unhandled cuda error": "a CUDA call of NCCL's failed here: set NCCL_DEBUG=INFO in podTemplate for its own words,"
+    " and look at the node's driver, Fabric Manager and kernel log",
+}
+_PEER_MEMORY = "peer gpu memory"  # in CUDA's error for memory that may be gone with its owner
 _MEMORY_HINT = (
     "lower training.microBatchSize or training.maxLength, set training.gradientCheckpointing: full, or shard over more"
     " nodes with training.shardingStrategy: FULL_SHARD"
@@ -137,8 +154,21 @@ def _code_of(error: BaseException) -> tuple[ExitCode, str, str]:
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, MemoryError) or names & {"OutOfMemoryError"}:
         return ExitCode.OUT_OF_MEMORY, Reason.OUT_OF_MEMORY, f"{text.splitlines()[0]}: {_MEMORY_HINT}"
+    if isinstance(error, RuntimeError) and (own := _own_fault(text.lower())):
+        code, reason, hint = own
+        return code, reason or type(error).__name__, f"{text[: MAX_TEXT // 2].rstrip()}: {hint}"
     if names & {"DistBackendError", "DistNetworkError", "DistStoreError"}:
         return ExitCode.LOST_PEER, Reason.LOST_PEER, text
     if isinstance(error, RuntimeError) and any(part in text.lower() for part in _LOST_PEER_TEXTS):
         return ExitCode.LOST_PEER, Reason.LOST_PEER, text
     return ExitCode.INTERNAL, type(error).__name__, text
+
+
+def _own_fault(text: str) -> tuple[ExitCode, str, str] | None:
+    """(exit code, reason or "", hint) when CUDA or NCCL tell of this node or this rank, not of a peer."""
+    if any(part in text for part in _FAULTY_NODE_TEXTS):
+        return ExitCode.FAULTY_NODE, Reason.FAULTY_NODE, _NODE_HINT
+    if "cuda" in text and "out of memory" in text:
+        return ExitCode.OUT_OF_MEMORY, Reason.OUT_OF_MEMORY, _MEMORY_HINT
+    hint = next((hint for part, hint in _OWN_NCCL_TEXTS.items() if part in text), None)
+    return (ExitCode.INTERNAL, "", hint) if hint and _PEER_MEMORY not in text else None
