@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_trainer import merge
+from qlora_api.run import TrainConfig
+from qlora_trainer import control, merge, progress
+from qlora_trainer.control import WorkerEnv
+from qlora_trainer.errors import CorruptBase
 from qlora_trainer.quant import dequantize
 from qlora_trainer.session import prepare
+from qlora_trainer.storage import FileStore
+from qlora_trainer.train import work
 
 CPU = torch.device("cpu")
 
@@ -33,21 +39,68 @@ def dequantized_base(packed: Any, base: Path) -> Any:
     return model
 
 
+def merging(world: Any) -> Any:
+    """The world with a merged model as a part of its output."""
+    spec = world.config.spec
+    spec = spec.model_copy(update={"output": spec.output.model_copy(update={"merge": True})})
+    world.config = world.config.model_copy(update={"spec": spec})
+    return world
+
+
+def work_while_the_others_move(config: TrainConfig, env: WorkerEnv) -> None:
+    """A worker whose uploads of merged files, the first one apart, wait until every rank gave a sign of life."""
+    put, seen = FileStore.put, dict[Path, int]()
+
+    def slow_put(store: FileStore, key: str, data: Any, if_none_match: bool = False) -> bool:
+        if key.startswith("merged/"):
+            for run_dir in env.run_dir.parent.glob("pod-*"):
+                end = time.monotonic() + 60
+                while (now := activity(run_dir)) <= seen.get(run_dir, -1):
+                    assert time.monotonic() < end, f"{run_dir.name} showed no sign of life while {key} was made"
+                    time.sleep(0.01)
+                seen[run_dir] = now
+        return put(store, key, data, if_none_match)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileStore, "put", slow_put)
+        patch.setattr(progress, "_ALIVE_SECONDS", 0.0)
+        work(config, env)
+
+
+def activity(run_dir: Path) -> int:
+    state = control.read_worker_state(run_dir, 0)
+    assert state is not None
+    return state.activity
+
+
+def test_all_ranks_show_signs_of_life_while_one_merges(make_world: Callable[..., Any]) -> None:
+    world = merging(make_world("merge", training={"maxSteps": 2}))
+    world.entry = work_while_the_others_move
+    assert world.run([0, 1]) == [0, 0]
+    assert len(list((world.root / "bucket").glob("*/merged/gen-00001/*.safetensors"))) == 3
+    assert world.state(1).artifacts == world.state(0).artifacts
+
+
+def test_a_layer_that_is_damaged_is_not_merged(make_world: Callable[..., Any], tmp_path: Path) -> None:
+    world = make_world("merge", training={"maxSteps": 2})
+    assert world.run([0]) == [0]
+    prepared = prepare(world.config, world.env(0))
+    file = prepared.packed.folder / prepared.packed.layers[1].file
+    content = bytearray(file.read_bytes())
+    content[100] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(CorruptBase, match=r"decoder layer 1: .*removed: the next start builds it anew"):
+        list(merge.merge(prepared.packed, world.adapter_folder(), prepared.model.path, tmp_path, CPU))
+
+
 @pytest.mark.parametrize(
     "lora", [{"useRslora": True}, {"useDora": True}, {"targetModules": ["q_proj", "down_proj"]}], ids=str
 )
 def test_equals_pefts_merge(make_world: Callable[..., Any], lora: dict[str, Any]) -> None:
     from peft import PeftModel
 
-    world = make_world(
-        "merge",
-        lora=lora,
-        training={"maxSteps": 2},
-        quantization={"computeDtype": "bfloat16", "storageDtype": "bfloat16"},
-    )
-    spec = world.config.spec
-    spec = spec.model_copy(update={"output": spec.output.model_copy(update={"merge": True})})
-    world.config = world.config.model_copy(update={"spec": spec})
+    quantization = {"computeDtype": "bfloat16", "storageDtype": "bfloat16"}
+    world = merging(make_world("merge", lora=lora, training={"maxSteps": 2}, quantization=quantization))
     assert world.run([0]) == [0]
     root = world.root / "bucket" / "run-01234567"
     assert (
@@ -80,9 +133,9 @@ def test_the_merged_model_loads_and_the_command_writes_the_same(make_world: Call
     prepared = prepare(world.config, world.env(0))
     merge_here = tmp_path / "here"
     merge_here.mkdir()
-    merge.merge(prepared.packed, adapter, prepared.model.path, merge_here, CPU, lambda path: None)
+    files = list(merge.merge(prepared.packed, adapter, prepared.model.path, merge_here, CPU))
     names = {path.name for path in out.iterdir()}
-    assert names == {path.name for path in merge_here.iterdir()} and "tokenizer.json" in names
+    assert names == {path.name for path in files} and "tokenizer.json" in names
     assert all((out / name).read_bytes() == (merge_here / name).read_bytes() for name in names)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16 and AutoTokenizer.from_pretrained(out)("the fox")["input_ids"]

@@ -10,7 +10,7 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,15 @@ from qlora_api.run import CONFIG_PATH
 from qlora_trainer.adapter import WEIGHTS, find_published
 from qlora_trainer.control import WorkerEnv
 from qlora_trainer.errors import BadAdapter, TrainerError
-from qlora_trainer.loader import PackedModel, ensure_packed
+from qlora_trainer.loader import PackedModel, corrupt, discard_damaged, ensure_packed
 from qlora_trainer.lora import PEFT_PREFIX
 from qlora_trainer.output import open_output
-from qlora_trainer.quant import Tables, dequantize
+from qlora_trainer.quant import dequantize, fingerprint
 from qlora_trainer.sources import ensure_model
 from qlora_trainer.storage import ObjectStore
 
 INDEX = "model.safetensors.index.json"
-Done = Callable[[Path], None]
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -56,52 +56,62 @@ class Delta:
         return cls(folder, alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
     def apply(self, weight: Tensor, path: str) -> Tensor:
-        """The merged weight (float32) of the linear at `path`; the weight itself when it has no adapter."""
+        """The merged weight (float32, in place where it can be) of the linear at `path`."""
         name = f"{PEFT_PREFIX}{path}"
         with safe_open(self.folder / WEIGHTS, "pt", device=str(weight.device)) as file:
             names = set(file.keys())
             if f"{name}.lora_A.weight" not in names:
                 return weight
             a, b = file.get_tensor(f"{name}.lora_A.weight"), file.get_tensor(f"{name}.lora_B.weight")
-            weight = weight + (b.float() @ a.float()) * self.scale
+            weight = weight.add_((b.float() @ a.float()).mul_(self.scale))
             if f"{name}.lora_magnitude_vector" in names:
                 magnitude = file.get_tensor(f"{name}.lora_magnitude_vector")
                 weight = (magnitude / weight.norm(dim=1)).unsqueeze(1) * weight
         return weight
 
 
-def merge(packed: PackedModel, adapter: Path, tokenizer: Path, out: Path, device: torch.device, done: Done) -> None:
-    """Write the merged model into `out`; `done` gets every file when it is complete (and may take it away)."""
+def merge(packed: PackedModel, adapter: Path, tokenizer: Path, out: Path, device: torch.device) -> Iterator[Path]:
+    """Write the merged model into `out`, yielding every file that is complete (the caller may take it away).
+
+    On `device`, as long as it has the memory for one weight more. Raises BadAdapter, CorruptBase, OSError.
+    """
     delta = Delta.open(adapter)
-    tables = packed.read_tables(device)
     count = len(packed.layers) + 1
     where: dict[str, str] = {}
     size = 0
     for number in range(count):
-        tensors = packed.read_rest(device) if number == 0 else _merged_layer(packed, number - 1, delta, tables, device)
+        if number == 0:
+            tensors = packed.read_rest(_CPU)
+        else:
+            tensors = _merged_layer(packed, number - 1, delta, device)
         state = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
         path = out / f"model-{number + 1:05d}-of-{count:05d}.safetensors"
         save_file(state, path, metadata={"format": "pt"})
         where |= dict.fromkeys(state, path.name)
         size += sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-        done(path)
+        yield path
     (out / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=1))
-    done(out / INDEX)
-    for path in _write_config(packed.hf_config, tokenizer, out):
-        done(path)
+    yield out / INDEX
+    yield from _write_config(packed.hf_config, tokenizer, out)
 
 
-def _merged_layer(
-    packed: PackedModel, index: int, delta: Delta, tables: Tables, device: torch.device
-) -> dict[str, Tensor]:
-    blob = packed.read_layer(index).to(device)
-    tensors = {}
-    for name, stored in packed.layers[index].linears.items():
-        path = f"{packed.prefix}.{index}.{name}"
-        out = torch.empty(stored.rows, stored.columns, dtype=packed.scheme.dtype, device=device)
-        weight = dequantize(blob, stored, packed.scheme, tables, out).float()
-        tensors[f"{path}.weight"] = delta.apply(weight, path).to(torch.bfloat16)
-    return tensors
+def _merged_layer(packed: PackedModel, index: int, delta: Delta, device: torch.device) -> dict[str, Tensor]:
+    """bfloat16, on the CPU."""
+    try:
+        tables, blob = packed.read_tables(device), packed.read_layer(index).to(device)
+        if (found := fingerprint(blob)) != (wanted := packed.layers[index].fingerprint):
+            raise corrupt(f"decoder layer {index}: checksum {found}", wanted, discard_damaged(packed, index))
+        tensors = {}
+        for name, stored in packed.layers[index].linears.items():
+            path = f"{packed.prefix}.{index}.{name}"
+            out = torch.empty(stored.rows, stored.columns, dtype=packed.scheme.dtype, device=device)
+            weight = dequantize(blob, stored, packed.scheme, tables, out).float()
+            tensors[f"{path}.weight"] = delta.apply(weight, path).to("cpu", torch.bfloat16)
+        return tensors
+    except torch.OutOfMemoryError:
+        if device.type == "cpu":
+            raise
+    return _merged_layer(packed, index, delta, _CPU)  # beside a model that trains there may be no room
 
 
 def _write_config(hf_config: Any, tokenizer: Path, out: Path) -> list[Path]:
@@ -115,15 +125,15 @@ def _write_config(hf_config: Any, tokenizer: Path, out: Path) -> list[Path]:
     return written
 
 
-def merge_to_store(packed: PackedModel, adapter: Path, tokenizer: Path, store: ObjectStore, key: str) -> None:
-    """Merge and upload file by file; the local disk never holds more than one."""
+def merge_to_store(
+    packed: PackedModel, adapter: Path, tokenizer: Path, store: ObjectStore, key: str, device: torch.device
+) -> Iterator[str]:
+    """Merge and upload file by file, yielding the keys; the local disk never holds more than one."""
     with tempfile.TemporaryDirectory(prefix="merge-") as name:
-
-        def upload(path: Path) -> None:
+        for path in merge(packed, adapter, tokenizer, Path(name), device):
             store.put(f"{key}/{path.name}", path)
             path.unlink()
-
-        merge(packed, adapter, tokenizer, Path(name), torch.device("cpu"), upload)
+            yield f"{key}/{path.name}"
 
 
 def main() -> None:
@@ -144,7 +154,8 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="adapter-") as name:
         adapter = arguments.adapter or _fetch_adapter(*open_output(config, env), Path(name))
-        merge(packed, adapter, model.path, arguments.out, device_of(env), lambda path: print(path, flush=True))
+        for path in merge(packed, adapter, model.path, arguments.out, device_of(env)):
+            print(path, flush=True)
 
 
 def _fetch_adapter(store: ObjectStore, layout: RunLayout, folder: Path) -> Path:

@@ -1,6 +1,8 @@
 """The end of a run: rank 0 writes, verifies and uploads the adapter, the manifest last; all ranks learn of it.
 
 Rules: a run is published once; a worker of an older generation uploads below its own key and writes no manifest.
+While rank 0 merges, which may take long, all ranks meet after every file: no collective waits for the whole of it, a
+lost rank 0 is found as in training, and everybody shows signs of life.
 """
 
 import tempfile
@@ -34,9 +36,17 @@ def publish(session: Session, position: Position, reporter: Reporter) -> Artifac
         session.checkpoints.finish()
     except StorageError as error:
         reporter.saved(session, error)  # the adapter comes next: it decides
-    artifacts = _write_and_upload(session, position, reporter) if session.is_first else None
-    result: Artifacts = broadcast(artifacts, 0, session.env)
-    return result
+    published = _write_and_upload(session, position, reporter) if session.is_first else None
+    while (found := _meet(session, reporter, published)) is None:
+        pass
+    return found
+
+
+def _meet(session: Session, reporter: Reporter, published: Artifacts | None) -> Artifacts | None:
+    """All ranks: rank 0 goes on, or has published."""
+    found: Artifacts | None = broadcast(published, 0, session.env)
+    reporter.alive()
+    return found
 
 
 def _chosen_evaluation(session: Session, position: Position) -> tuple[int, float | None]:
@@ -67,7 +77,10 @@ def _write_and_upload(session: Session, position: Position, reporter: Reporter) 
         adapter.write_report(config, position.history, metrics, provenance, folder)
         faults.reach("upload", position.step)
         if config.spec.output.merge:
-            merge_to_store(model.packed, folder, session.model_dir, session.store, merged_key(session.env.generation))
+            key = merged_key(session.env.generation)
+            for _ in merge_to_store(model.packed, folder, session.model_dir, session.store, key, session.device):
+                fence()
+                _meet(session, reporter, None)
         return adapter.publish(
             session.store, session.layout, folder, session.env.generation, metrics, provenance, fence
         )
