@@ -6,6 +6,7 @@ has reported yet: members whose pods are there are presumed alive until they had
 
 from collections.abc import Iterable
 
+from qlora_api.memory import Plan
 from qlora_api.names import Reason
 from qlora_api.run import METRIC_STEP_WORK, AgentState, ExitCode
 from qlora_api.status import Artifacts, CheckpointStatus, Member, Progress, Slot
@@ -180,6 +181,11 @@ def parts(o: Observed) -> tuple[Part, ...]:
     """What every member of this generation says about its own part of a step, by rank."""
     told = {agent.pod_uid: agent.report.metrics.get(METRIC_STEP_WORK) for agent in _heard_members(o)}
     return tuple(Part(member.pod_name, member.node_name, told.get(member.pod_uid)) for member in o.status.members)
+
+
+def memory_plan(o: Observed) -> Plan | None:
+    """What the members of this generation plan alike."""
+    return next((agent.report.plan for agent in _heard_members(o) if agent.report.plan is not None), None)
 
 
 def newest_progress(o: Observed) -> Progress:

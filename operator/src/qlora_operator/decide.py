@@ -132,12 +132,19 @@ def _describe(o: Observed, status: QLoRAFinetuneStatus, plan: Plan, settings: Se
         if agents.is_member(o, agent.pod_uid)
     )
     if runs and plan.phase == Phase.STEADY:
-        message = f"training on {len(status.members)} of {policy.max_nodes} nodes{_on_avoided(status)}{also}"
+        where = f"{len(status.members)} of {policy.max_nodes} nodes{_on_avoided(status)}"
+        message = f"training on {where}{_planned(o)}{also}"
         return put(status, ConditionType.RUNNING, True, Reason.TRAINING, message, o.now)
     if is_true(status, ConditionType.RUNNING):
         return status
     message = f"the members are starting{also}"
     return put(status, ConditionType.RUNNING, False, Reason.WARMING_UP, message, o.now)
+
+
+def _planned(o: Observed) -> str:
+    """How the base lies on the present nodes and what the plan counts; what to change when that is too much."""
+    made = agents.memory_plan(o)
+    return "" if made is None else f"; {made.summary()}{'; ' * (not made.fits)}{made.advice()}"
 
 
 def _on_avoided(status: QLoRAFinetuneStatus) -> str:

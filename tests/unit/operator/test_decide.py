@@ -13,10 +13,12 @@ from tests.unit.operator.build import (
     names_of,
     observed,
     pod,
+    run,
     running,
     training,
 )
 
+from qlora_api.memory import plan
 from qlora_api.names import ConditionType, Reason
 from qlora_api.run import AgentState, Command, ExitCode
 from qlora_api.status import CheckpointStatus, Progress, Slot, State
@@ -213,6 +215,18 @@ def test_no_room_beyond_min_nodes_is_told_but_not_as_a_warning(min_nodes: int, r
     told = conditions.find(runs.status, ConditionType.RUNNING)
     assert told is not None and told.message.startswith("training on 1 of 2 nodes; ")
     assert ("no room for more: " in told.message) is (min_nodes == 1)
+
+
+@pytest.mark.parametrize(
+    ("gib", "says"), [(80, "NO_SHARD, micro batch 1, 0 of 2 layers recomputed, "), (0.1, "; the run needs ")]
+)
+def test_the_memory_plan_is_shown_and_when_it_does_not_fit_what_to_change(gib: float, says: str) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    spec = {"training": {"microBatchSize": 1}}
+    made = plan(run(**spec).spec, {**shape, "vocab_size": 300}, int(gib * 2**30), 2)
+    seen = observed([P0, P1], [running(P0), running(P1, plan=made)], training(P0, P1), spec)
+    told = conditions.find(decide(seen, SETTINGS).status, ConditionType.RUNNING)
+    assert told is not None and told.message.startswith("training on 2 of 2 nodes; ") and says in told.message
 
 
 def test_a_quota_waits_and_an_invalid_pod_fails() -> None:

@@ -22,12 +22,13 @@ PROGRESS = Progress(
     tokens_per_second=9.0,
     eta_seconds=3,
 )
+MEASURED = {"step_seconds": 0.5, "gpu_memory_bytes": 2048.0, "planned_gpu_bytes": 4096.0}
 
 
 def metrics_of_a_run() -> Metrics:
     """One run with one agent that reports everything there is."""
     table = RunTable(known_since=0)
-    report = Report(address="a", state=AgentState.RUNNING, progress=PROGRESS, metrics={"step_seconds": 0.5})
+    report = Report(address="a", state=AgentState.RUNNING, progress=PROGRESS, metrics=MEASURED)
     table.receive(PodIdentity("ns", "r-qlora", "r-0-0", "uid"), report, 1)
     table.publish(Membership(generation=1, prepare=1), 1)
     metrics = Metrics(lambda: {KEY: table})
@@ -41,7 +42,8 @@ def metrics_of_a_run() -> Metrics:
 def test_every_series_is_documented() -> None:
     text = metrics_of_a_run().text().decode()
     assert 'qlora_run_loss{namespace="ns",run="r"} 1.0' in text
-    assert 'qlora_trainer_step_seconds{namespace="ns",pod="r-0-0",run="r"} 0.5' in text
+    for name, value in MEASURED.items():
+        assert f'qlora_trainer_{name}{{namespace="ns",pod="r-0-0",run="r"}} {value}' in text
     exported = set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE))
     exported = {name for name in exported if not name.endswith("_created") and not name.startswith("qlora_trainer_")}
     documents = (Path(__file__).parents[3] / "docs/metrics.md").read_text().partition("# What the operator exports")[2]

@@ -74,6 +74,7 @@ class Board:
                 artifacts=worker.artifacts if worker else None,
                 termination=self.termination,
                 metrics={**(worker.metrics if worker else {}), **self._slowest_work(), **self._metrics},
+                plan=worker.plan if worker else None,
             )
 
     def hear(self, view: Membership) -> None:

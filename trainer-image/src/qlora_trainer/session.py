@@ -13,6 +13,7 @@ import torch
 
 from qlora_api.layout import RunLayout
 from qlora_api.memory import pick_micro_batch
+from qlora_api.memory import plan as make_plan
 from qlora_api.run import TrainConfig
 from qlora_trainer import preflight
 from qlora_trainer.checkpoint import CheckpointWriter
@@ -25,6 +26,7 @@ from qlora_trainer.model import TrainableModel, plan_for, smallest_gpu
 from qlora_trainer.optim import Optimizer
 from qlora_trainer.output import open_output as open_output
 from qlora_trainer.samples import SampleSet, ensure_samples
+from qlora_trainer.skeleton import read_hf_config
 from qlora_trainer.snapshot import SnapshotSlots
 from qlora_trainer.sources import Source, ensure_dataset, ensure_model
 from qlora_trainer.standing import Kept
@@ -87,6 +89,8 @@ def make_ready(config: TrainConfig, env: WorkerEnv) -> None:
 def prepare(config: TrainConfig, env: WorkerEnv) -> Prepared:
     """Model, samples and packed base on this node's disk."""
     model = ensure_model(config, env)
+    hf_config = read_hf_config(model.path, config.spec.model.trust_remote_code)
+    require_fit(config, hf_config, smallest_gpu(None, device_of(env)))
     data = _prepare_data(config, env, model)
     packed = ensure_packed(config, model, env.cache_dir, device_of(env))
     return Prepared(model, packed, data)
@@ -125,6 +129,17 @@ def micro_batch_size(config: TrainConfig, hf_config: Any, gpu_bytes: int) -> int
         return pick_micro_batch(config.spec, hf_config.to_dict(), gpu_bytes)
     except ValueError as error:
         raise BadConfig(str(error)) from error
+
+
+def require_fit(config: TrainConfig, hf_config: Any, gpu_bytes: int) -> None:
+    """Raises BadConfig when even the largest allowed world has too little memory on GPUs of `gpu_bytes` (0: no GPU)."""
+    nodes, each = config.spec.elastic_policy.max_nodes, config.spec.num_proc_per_node
+    try:
+        largest = make_plan(config.spec, hf_config.to_dict(), gpu_bytes, nodes * each)
+    except ValueError:
+        return  # no decoder: who reads its weights says more
+    if not largest.fits:
+        raise BadConfig(f"even on maxNodes ({nodes}) x numProcPerNode ({each}) GPUs {largest.advice()}")
 
 
 def fits_alone(config: TrainConfig, env: WorkerEnv, hf_config: Any) -> bool:
