@@ -144,6 +144,10 @@ class LocalCluster:
         lines += [f"--- {pod.name} {pod.address}\n{pod.log[-3000:]}" for pod in self.pods.values()]
         return "\n".join([self.status.model_dump_json(exclude_none=True)[:1500], *lines])
 
+    def metrics(self) -> str:
+        """What Prometheus gets from the operator."""
+        return "" if self._reconciler is None else self._reconciler.metrics.text().decode()
+
     def members(self) -> list[PodProcess]:
         """Pods of the current generation, by node rank."""
         by_uid = {pod.uid: pod for pod in list(self.pods.values())}

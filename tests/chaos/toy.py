@@ -84,6 +84,7 @@ def _count(env: WorkerEnv, kept: Kept) -> None:
             progress=progress,
             snapshot_step=step,
             artifacts=artifacts,
+            metrics={"step_seconds": 0.01} if step > int(start) else {},
         )
         write_worker_state(env.run_dir, env.local_rank, told)
 

@@ -99,6 +99,8 @@ def test_kill_lose_return_and_stop(cluster: LocalCluster) -> None:
     lost = cluster.members()[0]
     lost.kill()
     recovers(cluster, generation, 1)
+    survivor = f'qlora_trainer_restart_seconds{{namespace="default",pod="{cluster.members()[0].name}"'
+    cluster.wait_for(lambda: survivor in cluster.metrics(), SECONDS, "the restart's duration")
 
     cluster.stop_operator()
     known = max(s.step for s in steps(cluster))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_api.run import AgentState, Command, ExitCode, Membership, Termination
+from qlora_api.memory import Plan
+from qlora_api.run import AgentState, Command, ExitCode, Membership, Report, Termination
 from qlora_api.status import Member, Progress
 from qlora_trainer import board as board_module
 from qlora_trainer.board import Board, killed
@@ -221,6 +222,22 @@ def test_a_restart_lasts_from_the_first_word_of_it_to_the_first_new_step(
     assert at(107.0, 4, 3)["restart_seconds"] == 4.0
     assert at(110.0, 5, 3)["restart_seconds"] == 4.0
     assert read_control(tmp_path).metrics == {"restart_seconds": 4.0}, "for the run's report"
+
+
+def test_the_memory_plan_travels_with_the_report(joined: Board) -> None:
+    made = Plan(
+        sharding="FULL_SHARD",
+        micro_batch_size=4,
+        num_layers=32,
+        recomputed_layers=3,
+        cpu_offload=False,
+        host_embeddings=True,
+        gpu={"base": 5 << 30},
+        host={"worker": 1 << 30},
+        gpu_limit=73 << 30,
+    )
+    joined.watch(0, worker(1, 3).model_copy(update={"plan": made}))
+    assert Report.model_validate_json(joined.report(0).model_dump_json(by_alias=True)).plan == made
 
 
 def test_a_first_start_is_no_restart(joined: Board) -> None:

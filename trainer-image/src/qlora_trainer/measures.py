@@ -69,7 +69,8 @@ def mean_length(lengths: "np.ndarray[Any, np.dtype[np.int64]]") -> float:
 def base_bytes(model: TrainableModel) -> int:
     """Bytes of the base that this rank holds, as transformers' get_memory_footprint counts: parameters and buffers.
 
-    The packed weights count as the bytes they are; adapters and gathered layers do not count.
+    Packed weights count as the bytes they are, with the quantization's scales, which transformers leaves out over
+    bitsandbytes; adapters and gathered layers do not count.
     """
     own = sum(own_part(layer).nbytes for layer in model.layers)
     adapter = {id(parameter) for group in model.adapter.groups for parameter in group.parameters(recurse=False)}
