@@ -32,6 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16, "sliding_window_pattern": 2},
     "phi": {},
     "phi3": {},
+    "mixtral": {"num_local_experts": 4},
 }
 
 

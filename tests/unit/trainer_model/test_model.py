@@ -240,6 +240,12 @@ def test_wrong_models_are_refused(checkpoint, config_of, cache, tmp_path):
         build_skeleton(AutoConfig.for_model("vit"), torch.float32)
 
 
+def test_experts_are_refused(checkpoint, config_of, cache):
+    """Not for weights that the files seem to lack."""
+    with pytest.raises(BadModel, match=r"layers\.0\.mlp\.experts\.\w+ has shape .* mixture-of-experts models are not"):
+        build(config_of(), checkpoint("mixtral"), cache)
+
+
 def test_names():
     names = [
         "attn.q_proj",

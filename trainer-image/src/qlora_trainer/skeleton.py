@@ -29,6 +29,7 @@ else:
 
 # Siblings of one module that read the same input: computed as one product, the first caller for all.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)  # their weights have three dimensions and stay as they are
 _CAPPED = "attn_logit_softcapping"
 _building = threading.Lock()  # accelerate's context patches nn.Module for all threads
 
@@ -63,6 +64,7 @@ def build_skeleton(
         raise BadModel(f"transformers has no causal LM for this configuration: {error}") from error
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    _require_dense(model)
     if next(decoder_linears(model), None) is None:
         raise BadModel(f"{type(model).__name__} has no nn.Linear in its decoder layers: QLoRA has nothing to quantize")
     return model
@@ -82,6 +84,18 @@ def decoder_linears(model: nn.Module) -> Iterator[tuple[int, str, nn.Linear]]:
         for name, module in layer.named_modules():
             if type(module) is nn.Linear:
                 yield index, name, module
+
+
+def _require_dense(model: nn.Module) -> None:
+    """Raises BadModel for experts: transformers fuses their weights into one, which is no `nn.Linear`."""
+    prefix, layers = decoder_layers(model)
+    for path, module in layers.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim > 2 and parameter.is_floating_point() and not isinstance(module, _CONVOLUTIONS):
+                raise BadModel(
+                    f"{type(model).__name__}: {prefix}.{path}.{name} has shape {tuple(parameter.shape)};"
+                    " mixture-of-experts models are not supported yet: choose a dense model"
+                )
 
 
 def group_linears(names: list[str]) -> list[tuple[str, ...]]:
