@@ -171,7 +171,7 @@ def test_a_run_from_s3_to_s3(s3_world: Any, server: Server) -> None:
         assert all(process.is_alive() for process in s3_world.processes)
         time.sleep(0.02)
     s3_world.kill()
-    complete = find_complete(store)
+    complete = list(find_complete(store))
     assert complete and len(complete[0].files) == 3, "each rank wrote its slice"
     assert s3_world.run([5, 6]) == [0, 0]
     resumed = min(line["step"] for line in s3_world.traces() if line["generation"] == 2)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qlora_api.run import Command, ExitCode, TrainConfig
-from qlora_trainer import control
+from qlora_trainer import control, storage
 from qlora_trainer.checkpoint import find_complete
 from qlora_trainer.control import Control, Phase, WorkerEnv
 from qlora_trainer.peers import ENV_PEERS
@@ -154,6 +154,39 @@ def test_a_survivor_goes_on_in_its_process(make_world: MakeWorld, straight: Any)
     assert min(line["step"] for line in world.traces() if line["generation"] == 2) >= reached - 1
     for name, tensor in straight.adapter().items():
         torch.testing.assert_close(world.adapter()[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def work_with_a_bucket_that_may_hang(config: TrainConfig, env: WorkerEnv) -> None:
+    """As `work`; no call of the store comes back while the file `hangs` is there."""
+
+    def slow(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            while (env.run_dir.parent / "hangs").exists():
+                time.sleep(0.05)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("list", "get", "put"):
+        setattr(storage.FileStore, name, slow(getattr(storage.FileStore, name)))
+    work(config, env)
+
+
+def test_nobody_waits_for_a_bucket_that_hangs_while_there_are_snapshots(make_world: MakeWorld, straight: Any) -> None:
+    world = make_world("hanging", dataset=NO_EVAL, checkpoint={"intervalSteps": 1000})
+    world.entry = work_with_a_bucket_that_may_hang
+    world.start([0, 1])
+    world.until(lambda: world.state(1) and world.state(1).progress.step >= 2, "step 2")
+    world.tell(0, generation=1)
+    (world.root / "hangs").touch()
+    world.processes[1].kill()
+    world.until(lambda: world.has_parked(0), "parking")
+    reached = world.state(0).progress.step
+    world.place([0])
+    world.until(lambda: world.state(0).generation == 2 and world.state(0).progress.step > reached, "a new step", 30)
+    (world.root / "hangs").unlink()
+    assert world.wait()[0] == ExitCode.OK
+    assert order(world) == order(straight)
 
 
 def test_a_survivor_goes_alone_and_takes_a_newcomer_in(make_world: MakeWorld, straight: Any) -> None:

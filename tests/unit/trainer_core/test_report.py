@@ -176,7 +176,7 @@ def saved(tmp_path: Path) -> tuple[FileStore, dict[str, torch.Tensor]]:
 
 def test_checkpoints_come_back_and_old_ones_go(saved: tuple[FileStore, dict[str, torch.Tensor]]) -> None:
     store, state = saved
-    complete = checkpoint.find_complete(store)
+    complete = list(checkpoint.find_complete(store))
     assert [manifest.step for manifest in complete] == [4, 3]
     loaded = checkpoint.load(store, complete[0])
     assert complete[0].extra == {"step": 4}
@@ -187,16 +187,16 @@ def test_checkpoints_come_back_and_old_ones_go(saved: tuple[FileStore, dict[str,
 def test_incomplete_and_damaged_checkpoints_do_not_count(saved: tuple[FileStore, dict[str, torch.Tensor]]) -> None:
     store, _ = saved
     folder = checkpoint_key(4, 2)
-    name = checkpoint.find_complete(store)[0].files[0].name
+    name = next(checkpoint.find_complete(store)).files[0].name
     content = bytearray(read_bytes(store, f"{folder}/{name}"))
     content[-1] ^= 1
     store.put(f"{folder}/{name}", bytes(content))
     with pytest.raises(StorageError, match="differs from its manifest"):
-        checkpoint.load(store, checkpoint.find_complete(store)[0])
+        checkpoint.load(store, next(checkpoint.find_complete(store)))
     store.put(f"{folder}/{name}", b"short")
     assert [manifest.step for manifest in checkpoint.find_complete(store)] == [3]
     store.delete([f"{checkpoint_key(3, 2)}/manifest.json"])
-    assert checkpoint.find_complete(store) == []
+    assert list(checkpoint.find_complete(store)) == []
 
 
 def test_a_checkpoint_that_is_pruned_meanwhile_is_passed_over(

@@ -9,10 +9,9 @@ The key carries the generation and the manifest is written with If-None-Match: w
 import json
 import shutil
 import tempfile
-import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import UTC, datetime
@@ -39,6 +38,7 @@ from torch.distributed.tensor import DTensor, Shard
 from qlora_api.layout import CHECKPOINTS, MANIFEST, checkpoint_key, parse_checkpoint
 from qlora_api.status import CheckpointStatus
 from qlora_trainer import faults
+from qlora_trainer.background import in_daemon
 from qlora_trainer.errors import StorageError, TrainerError
 from qlora_trainer.sources import sha256_of
 from qlora_trainer.storage import ObjectStore, read_bytes
@@ -142,7 +142,7 @@ class CheckpointWriter:
         parts = {name: _part(tensor, self._mesh) for name, tensor in state.items()}
         on_gpu = next((part.device for part in parts.values() if part.is_cuda), None)
         copied = torch.cuda.current_stream(on_gpu).record_event() if on_gpu else None
-        self._pending = (manifest, _in_daemon(self._write, manifest, parts, on_gpu, copied, time.monotonic()))
+        self._pending = (manifest, in_daemon(self._write, manifest, parts, on_gpu, copied, time.monotonic()))
 
     def _write(
         self,
@@ -200,21 +200,6 @@ class CheckpointWriter:
             raise error
 
 
-def _in_daemon(job: Callable[..., None], *args: Any) -> "Future[None]":
-    """As an executor's submit, but the process may end without it: it may wait long for a rank that is gone."""
-    future: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            job(*args)
-            future.set_result(None)
-        except BaseException as error:  # as an executor does; torch's CheckpointException is no Exception
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="checkpoint", daemon=True).start()
-    return future
-
-
 def _is_sliced(shape: list[int] | torch.Size) -> bool:
     return len(shape) == 1 and shape[0] >= _SLICED_FROM
 
@@ -244,11 +229,10 @@ def _storage_error(error: BaseException | None) -> StorageError | None:
     raise RuntimeError("the checkpoint failed on a rank that did not say why") from error
 
 
-def find_complete(store: ObjectStore) -> list[Manifest]:
-    """Complete checkpoints, newest first: a manifest is there and every file has its size."""
+def find_complete(store: ObjectStore) -> Iterator[Manifest]:
+    """Complete checkpoints, newest first, read as it goes: a manifest is there and every file has its size."""
     entries = {entry.key: entry.size for entry in store.list(f"{CHECKPOINTS}/")}
     places = [(parse_checkpoint(key), key) for key in entries if key.endswith(f"/{MANIFEST}")]
-    found = []
     for place, key in sorted(((p, k) for p, k in places if p), reverse=True):
         try:
             manifest = Manifest.model_validate_json(read_bytes(store, key))
@@ -256,13 +240,12 @@ def find_complete(store: ObjectStore) -> list[Manifest]:
             continue  # another rank has pruned it meanwhile
         folder = checkpoint_key(*place)
         if all(entries.get(f"{folder}/{record.name}") == record.size for record in manifest.files):
-            found.append(manifest)
-    return found
+            yield manifest
 
 
 def find_newest(store: ObjectStore) -> Manifest | None:
     """The newest complete checkpoint."""
-    return next(iter(find_complete(store)), None)
+    return next(find_complete(store), None)
 
 
 def load(store: ObjectStore, manifest: Manifest) -> dict[str, Tensor]:

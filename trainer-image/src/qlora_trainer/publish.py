@@ -5,6 +5,7 @@ While rank 0 merges, which may take long, all ranks meet after every file: no co
 lost rank 0 is found as in training, and everybody shows signs of life.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,21 +13,39 @@ from qlora_api.layout import merged_key
 from qlora_api.run import TrainConfig
 from qlora_api.status import Artifacts
 from qlora_trainer import adapter, faults
+from qlora_trainer.background import in_daemon
 from qlora_trainer.control import WorkerEnv, read_control
 from qlora_trainer.errors import Fenced, StorageError
 from qlora_trainer.group import broadcast
 from qlora_trainer.merge import merge_to_store
-from qlora_trainer.output import open_output
 from qlora_trainer.progress import Reporter
-from qlora_trainer.restore import Position
+from qlora_trainer.restore import Position, patience_of
 from qlora_trainer.session import Session
+from qlora_trainer.snapshot import newest_header
+from qlora_trainer.standing import Kept
 
 
-def find_published(config: TrainConfig, env: WorkerEnv) -> Artifacts | None:
-    """What this run has published already; all ranks learn of it."""
-    found = adapter.find_published(open_output(config, env)[0]) if env.rank == 0 else None
+def find_published(config: TrainConfig, env: WorkerEnv, kept: Kept) -> Artifacts | None:
+    """What this run has published already; all ranks learn of it.
+
+    A bucket that does not answer says nothing while training can go on: what is published stays, twice is refused.
+    """
+    found = _ask_bucket(config, env, kept) if env.rank == 0 else None
     result: Artifacts | None = broadcast(found, 0, env)
     return result
+
+
+def _ask_bucket(config: TrainConfig, env: WorkerEnv, kept: Kept) -> Artifacts | None:
+    newest = newest_header(env.run_dir)
+    patience = patience_of(newest.generation if newest else -1, env)
+    try:
+        store = kept.open(config, env)[0]
+        return in_daemon(adapter.find_published, store).result(patience)
+    except (TimeoutError, StorageError) as error:
+        if patience is None:
+            raise
+        print(f"not known whether the adapter is published: {error or 'the bucket takes its time'}", file=sys.stderr)
+        return None
 
 
 def publish(session: Session, position: Position, reporter: Reporter) -> Artifacts:

@@ -2,7 +2,8 @@
 
 Rules: the newest step wins, a snapshot before a checkpoint of the same step; all ranks take the state from one source,
 so they start bit-equal; a damaged checkpoint is passed over, an unreachable bucket stops nothing while there are
-snapshots. A model or data set that changed under a run is refused.
+snapshots, and nobody waits for a slow one while a member has a snapshot of the generation before. A model or data set
+that changed under a run is refused.
 """
 
 import sys
@@ -15,12 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qlora_trainer import checkpoint
+from qlora_trainer.background import in_daemon
+from qlora_trainer.checkpoint import CheckpointWriter
+from qlora_trainer.control import WorkerEnv
 from qlora_trainer.errors import BadConfig, StorageError
 from qlora_trainer.group import all_gather, broadcast
 from qlora_trainer.report import History
 from qlora_trainer.session import Session
+from qlora_trainer.storage import ObjectStore
 
 State = tuple[Mapping[str, Tensor], dict[str, Any]]
+PATIENCE_SECONDS = 1.0  # with the bucket, when it is not needed
 
 
 @dataclass
@@ -43,6 +49,14 @@ class Offer:
     generation: int = -1
 
 
+def patience_of(generation: int, env: WorkerEnv) -> float | None:
+    """Seconds to wait for the bucket at the start of env's generation; None: until it answers.
+
+    Every generation begins with a snapshot: one of the generation before is the newest state but for a step.
+    """
+    return PATIENCE_SECONDS if generation >= 0 and generation == env.generation - 1 else None
+
+
 def restore(session: Session) -> Position:
     """Put the newest state into the optimizer of every rank; where it stands."""
     env = session.env
@@ -52,7 +66,7 @@ def restore(session: Session) -> Position:
     if any(digests != session.data.digests for _, digests in offers):
         raise BadConfig("the members read different models or data sets: leave the sources alone during a run")
     best, source = max(((o.step, o.generation), -rank) for rank, (o, _) in enumerate(offers))
-    loaded = _from_bucket(session, best[0]) if session.is_first else None
+    loaded = _from_bucket(session, Offer(*best)) if session.is_first else None
     from_bucket = broadcast(loaded is not None, 0, env)
     if not from_bucket and best[0] < 0:
         return Position()
@@ -69,23 +83,33 @@ def restore(session: Session) -> Position:
     return Position(extra["step"], History.of_json(extra["history"]))
 
 
-def _from_bucket(session: Session, newer_than: int) -> State | None:
+def _from_bucket(session: Session, best: Offer) -> State | None:
     """Rank 0: the newest intact checkpoint beyond the best snapshot, or None."""
+    patience = patience_of(best.generation, session.env)
+    looking = in_daemon(_look, session.store, session.checkpoints, best.step)
     try:
-        for manifest in checkpoint.find_complete(session.store):
-            if manifest.step <= newer_than:
-                session.checkpoints.found = session.checkpoints.status_of(manifest)
-                return None
-            try:
-                state = checkpoint.load(session.store, manifest)
-                session.checkpoints.found = session.checkpoints.status_of(manifest)
-                return state, dict(manifest.extra)
-            except (StorageError, FileNotFoundError) as error:
-                print(f"checkpoint of step {manifest.step} passed over: {error}", file=sys.stderr, flush=True)
+        return looking.result(patience)
+    except TimeoutError:
+        print(f"going on from the snapshot of step {best.step}: the bucket takes its time", file=sys.stderr, flush=True)
     except StorageError as error:
-        if newer_than < 0:
+        if best.step < 0:
             raise
-        print(f"going on from the snapshot of step {newer_than}: {error}", file=sys.stderr, flush=True)
+        print(f"going on from the snapshot of step {best.step}: {error}", file=sys.stderr, flush=True)
+    return None
+
+
+def _look(store: ObjectStore, checkpoints: CheckpointWriter, newer_than: int) -> State | None:
+    """In the thread: also what `checkpoints` wants to know of the bucket, sooner or later."""
+    for manifest in checkpoint.find_complete(store):
+        if manifest.step <= newer_than:
+            checkpoints.found = checkpoints.status_of(manifest)
+            return None
+        try:
+            state = checkpoint.load(store, manifest)
+            checkpoints.found = checkpoints.status_of(manifest)
+            return state, dict(manifest.extra)
+        except (StorageError, FileNotFoundError) as error:
+            print(f"checkpoint of step {manifest.step} passed over: {error}", file=sys.stderr, flush=True)
     return None
 
 

@@ -160,7 +160,7 @@ def set_up(config: TrainConfig, env: WorkerEnv, group: Group, kept: Kept, prepar
     model = kept.model_for(config, prepared.packed, group.mesh, device, micro_batch)
     model.verify()
     optimizer = Optimizer(config, model.adapter, env.world_size)
-    store, layout = open_output(config, env)
+    store, layout = kept.open(config, env)
     gloo, cpu_mesh = gloo_group(env)
     if env.local_rank == 0:
         kept.snapshots = kept.snapshots or SnapshotSlots(env.run_dir)

@@ -105,10 +105,15 @@ def read_header(path: Path) -> Header | None:
         return None
 
 
-def newest_step(run_dir: Path) -> int | None:
-    """Step of the newest slot by its header alone (what an agent reports before its workers run)."""
+def newest_header(run_dir: Path) -> Header | None:
+    """Of the newest slot, by the headers alone (what an agent reports before its workers run)."""
     headers = [read_header(path) for path in _paths(run_dir)]
-    return max((header.step for header in headers if header), default=None)
+    return max(filter(None, headers), key=lambda header: (header.step, header.generation), default=None)
+
+
+def newest_step(run_dir: Path) -> int | None:
+    header = newest_header(run_dir)
+    return header.step if header else None
 
 
 def _step_of(path: Path) -> tuple[int, int]:

@@ -14,13 +14,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from qlora_api.layout import RunLayout
 from qlora_api.run import ExitCode, TrainConfig
 from qlora_trainer.control import WorkerEnv, read_assignment, read_control, write_termination
 from qlora_trainer.errors import Fenced, MembersChange, OutOfMemory, classify
 from qlora_trainer.loader import PackedModel
 from qlora_trainer.model import TrainableModel, build_model, free_memory, move, obstacles, plan_for
+from qlora_trainer.output import open_output
 from qlora_trainer.snapshot import SnapshotSlots
+from qlora_trainer.storage import ObjectStore
 
+Output = tuple[ObjectStore, RunLayout]
 _POLL_SECONDS = 0.02
 
 
@@ -30,6 +34,12 @@ class Kept:
 
     model: TrainableModel | None = None
     snapshots: SnapshotSlots | None = None
+    output: Output | None = None
+
+    def open(self, config: TrainConfig, env: WorkerEnv) -> Output:
+        """The run's store, opened once: a client takes a tenth of a second, a lookup of names and a connection."""
+        self.output = self.output or open_output(config, env)
+        return self.output
 
     def model_for(
         self, config: TrainConfig, packed: PackedModel, mesh: DeviceMesh | None, device: torch.device, micro_batch: int

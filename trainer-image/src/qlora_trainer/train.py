@@ -127,7 +127,7 @@ def _rehearse(config: TrainConfig, env: WorkerEnv, kept: Kept) -> None:
 
 def _run_generation(config: TrainConfig, env: WorkerEnv, reporter: Reporter, kept: Kept) -> Artifacts:
     with process_group(env) as group:
-        if published := find_published(config, env):
+        if published := find_published(config, env, kept):
             return reporter.finished(published)
         session = set_up(config, env, group, kept)
         if session.is_first:
