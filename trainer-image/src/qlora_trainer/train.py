@@ -151,10 +151,11 @@ def _train(session: Session, position: Position, reporter: Reporter) -> None:
             break
         park, stop, save = _step(session, position, reporter)
         _snapshot(session, position)
-        if save:
+        leave = park or stop
+        if save and not leave:  # the next generation finds it due; it could have to wait for the one before
             _save(session, position, reporter)
         reporter.stepped(session, position)
-        if park or stop:
+        if leave:
             _park(session, position, reporter, stop)
 
 

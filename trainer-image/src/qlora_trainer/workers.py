@@ -30,6 +30,7 @@ DEFAULT_WARM_UP = "qlora_trainer.train:warm"
 ENV_FLUSH = "QLORA_FLUSH"  # module:function run before the pod goes, where it is not flush.run
 DEFAULT_FLUSH = "qlora_trainer.flush:run"
 _PR_SET_PDEATHSIG = 1
+_TAIL_PATIENCE_SECONDS = 0.5
 _TAIL_BYTES = 6000
 
 
@@ -147,8 +148,9 @@ class OutputPump(threading.Thread):
         self._tail = b""
 
     def tail(self, quiet_seconds: float = 0.02) -> str:
-        """The last lines, once the worker has been quiet for a moment (it is dead by now)."""
-        while time.monotonic() - self._read_at < quiet_seconds:
+        """The last lines, once the worker has been quiet for a moment (it is dead by now; what it left may go on)."""
+        end = time.monotonic() + _TAIL_PATIENCE_SECONDS
+        while time.monotonic() - self._read_at < quiet_seconds and time.monotonic() < end:
             time.sleep(quiet_seconds / 4)
         return self._tail.decode(errors="replace")
 
