@@ -72,7 +72,7 @@ class Manifest(BaseModel, frozen=True):
 class _StoreWriter(HuggingFaceStorageWriter):
     """Writes this rank's slices to a local file, uploads it, and on the coordinator ends with the manifest."""
 
-    def __init__(self, staging: Path, store: ObjectStore, manifest: Manifest, keep: int, num_ranks: int) -> None:
+    def __init__(self, staging: Path, store: ObjectStore, manifest: Manifest, keep: int | None, num_ranks: int) -> None:
         super().__init__(str(staging), save_distributed=True)
         self._staging, self._store, self._manifest, self._keep, self._of = staging, store, manifest, keep, num_ranks
 
@@ -109,7 +109,8 @@ class _StoreWriter(HuggingFaceStorageWriter):
         faults.reach("manifest", manifest.step)
         key = f"{checkpoint_key(manifest.step, manifest.generation)}/{MANIFEST}"
         self._store.put(key, manifest.model_dump_json().encode(), if_none_match=True)
-        prune(self._store, self._keep)
+        if self._keep is not None:
+            prune(self._store, self._keep)
 
 
 class CheckpointWriter:
@@ -118,7 +119,7 @@ class CheckpointWriter:
     `group` is a gloo group of its own: the thread's collectives never mix with training's. None: a single process.
     """
 
-    def __init__(self, store: ObjectStore, keep: int, mesh: DeviceMesh | None, group: Any = None) -> None:
+    def __init__(self, store: ObjectStore, keep: int | None, mesh: DeviceMesh | None, group: Any = None) -> None:
         self._store, self._keep, self._mesh, self._group = store, keep, mesh, group
         self._pending: tuple[Manifest, Future[None]] | None = None
         self._pinned: dict[str, Tensor] = {}  # what comes from a GPU, kept: new memory would cost more than the copies

@@ -7,7 +7,7 @@ generation of the snapshot. Several pods may do so for one step: they write the 
 from qlora_api.run import ExitCode, TrainConfig
 from qlora_trainer.checkpoint import CheckpointWriter, find_newest
 from qlora_trainer.control import WorkerEnv
-from qlora_trainer.session import open_output
+from qlora_trainer.output import open_output
 from qlora_trainer.snapshot import SnapshotSlots
 from qlora_trainer.train import config_path, guarded
 
@@ -27,7 +27,7 @@ def flush_snapshot(config: TrainConfig, env: WorkerEnv) -> int | None:
     if durable is not None and durable.step >= snapshot.step:
         return None
     state, extra = snapshot.view()  # no worker lives that could write on
-    writer = CheckpointWriter(store, config.spec.checkpoint.keep, mesh=None)
+    writer = CheckpointWriter(store, None, mesh=None)  # who stays reads those that would be pruned now
     writer.save(snapshot.step, snapshot.generation, state, extra)
     writer.finish()
     print(f"checkpoint of step {snapshot.step} written from the snapshot", flush=True)

@@ -24,7 +24,7 @@ from qlora_trainer.group import Group, broadcast, device_of, gloo_group
 from qlora_trainer.loader import PackedModel, ensure_packed
 from qlora_trainer.model import TrainableModel, plan_for, smallest_gpu
 from qlora_trainer.optim import Optimizer
-from qlora_trainer.output import open_output as open_output
+from qlora_trainer.output import open_output
 from qlora_trainer.samples import SampleSet, ensure_samples
 from qlora_trainer.skeleton import read_hf_config
 from qlora_trainer.snapshot import SnapshotSlots
