@@ -12,6 +12,7 @@ from qlora_trainer import progress
 from qlora_trainer.control import Control, WorkerEnv, WorkerState, read_worker_state, write_control
 from qlora_trainer.progress import Reporter
 from qlora_trainer.restore import Position
+from qlora_trainer.workclock import Laps
 
 
 def state(env: WorkerEnv) -> WorkerState:
@@ -50,7 +51,7 @@ def session(env: WorkerEnv, found: CheckpointStatus | None = None, **spec: Any) 
     """As much of one as decides when a checkpoint is due."""
     checkpoints = SimpleNamespace(busy=False, newest=None, found=found)
     config = SimpleNamespace(spec=SimpleNamespace(checkpoint=CheckpointSpec(**spec)))
-    return SimpleNamespace(env=env, config=config, checkpoints=checkpoints)
+    return SimpleNamespace(env=env, config=config, checkpoints=checkpoints, is_first=False)
 
 
 def found(step: int, age: float) -> CheckpointStatus:
@@ -82,7 +83,7 @@ def test_a_checkpoint_by_time_is_due_though_the_worker_is_new(
     reporter = Reporter(env)
     for told_elsewhere in ("_update", "_note_constants"):
         monkeypatch.setattr(reporter, told_elsewhere, lambda *_, **__: None)
-    reporter.start(here, Position(step))
+    reporter.start(here, Position(step), Laps())
     assert reporter.save_due(here, Position(step)) == due
     reporter.save_started(step, 0.0)
     assert not reporter.save_due(here, Position(step))

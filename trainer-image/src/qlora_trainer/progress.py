@@ -8,6 +8,7 @@ import json
 import math
 import os
 import resource
+import sys
 import time
 from collections import deque
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ from qlora_trainer.errors import StorageError
 from qlora_trainer.measures import GpuMemory, Utilization, base_bytes, planned
 from qlora_trainer.restore import Position
 from qlora_trainer.session import Session
-from qlora_trainer.workclock import WorkClock
+from qlora_trainer.workclock import Laps, WorkClock
 
 _WINDOW = 20  # steps that speed and ETA look back on
 _ALIVE_SECONDS = 1.0  # between two signs of life at least: the operator counts in minutes
@@ -56,8 +57,13 @@ class Reporter:
         """The last one that was told."""
         return self._state.progress.step
 
-    def start(self, session: Session, position: Position) -> None:
-        """Set up and restored."""
+    def start(self, session: Session, position: Position, laps: Laps) -> None:
+        """Set up and restored; rank 0 says into the pod's log what took how long."""
+        if session.is_first:
+            env, plan = session.env, session.model.plan
+            print(f"memory plan: {plan.summary()} {plan.advice()}".rstrip(), file=sys.stderr)
+            who = f"generation {env.generation} with {env.world_size} ranks"
+            print(f"{who} goes on after step {position.step}: {laps}", file=sys.stderr, flush=True)
         self._saved_at -= _age(session.checkpoints.found, position)
         self._measured["start_seconds"] = time.monotonic() - self._born
         self._note_constants(session)

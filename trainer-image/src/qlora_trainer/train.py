@@ -30,7 +30,7 @@ from qlora_trainer.restore import Position, restore
 from qlora_trainer.samples import SampleSet
 from qlora_trainer.session import Session, fits_alone, make_ready, prepare, set_up
 from qlora_trainer.standing import Kept, next_place, stand
-from qlora_trainer.workclock import WorkClock
+from qlora_trainer.workclock import Laps, WorkClock
 
 ENV_CONFIG = "QLORA_CONFIG"
 _POLL_SECONDS = 0.05  # between looks at an upload under way
@@ -126,15 +126,17 @@ def _rehearse(config: TrainConfig, env: WorkerEnv, kept: Kept) -> None:
 
 
 def _run_generation(config: TrainConfig, env: WorkerEnv, reporter: Reporter, kept: Kept) -> Artifacts:
+    laps = Laps()
     with process_group(env) as group:
+        laps.note("joined")
         if published := find_published(config, env, kept):
             return reporter.finished(published)
+        laps.note("asked the bucket")
         session = set_up(config, env, group, kept)
-        if session.is_first:
-            plan = session.model.plan
-            print(f"memory plan: {plan.summary()} {plan.advice()}".rstrip(), file=sys.stderr, flush=True)
+        laps.note("set up")
         position = restore(session)
-        reporter.start(session, position)
+        laps.note("restored")
+        reporter.start(session, position, laps)
         _snapshot(session, position)
         _train(session, position, reporter)
         artifacts = publish(session, position, reporter)
