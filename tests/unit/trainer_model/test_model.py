@@ -8,6 +8,7 @@ import torch
 from tests.sources import source_of
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from qlora_trainer.attention import NAME, pick_attention
 from qlora_trainer.errors import BadConfig, BadModel, CorruptBase
 from qlora_trainer.loader import ensure_packed
 from qlora_trainer.model import build_model
@@ -244,6 +245,24 @@ def test_experts_are_refused(checkpoint, config_of, cache):
     """Not for weights that the files seem to lack."""
     with pytest.raises(BadModel, match=r"layers\.0\.mlp\.experts\.\w+ has shape .* mixture-of-experts models are not"):
         build(config_of(), checkpoint("mixtral"), cache)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "longest"),
+    [
+        ("llama", {}, 1 << 20),
+        ("mistral", {"sliding_window": 64}, 64),
+        ("llama4_text", {"attention_chunk_size": 128}, 128),
+        ("gemma2", {"sliding_window": 1 << 20}, 0),
+        ("gpt_oss", {}, 0),
+    ],
+)
+def test_flash_attention_over_packed_samples_only_where_a_layer_sees_all_of_a_sample(family, changes, longest):
+    config = AutoConfig.for_model(family, **changes)
+    for length in (longest, longest + 1):
+        picked = pick_attention(config, length, torch.device("cuda"), torch.bfloat16)
+        assert (picked == NAME) == (0 < length <= longest or family == "llama"), length
+    assert pick_attention(config, longest, CPU, torch.bfloat16) is None
 
 
 def test_names():

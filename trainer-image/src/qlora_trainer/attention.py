@@ -16,11 +16,12 @@ NAME = "qlora_packed"
 def pick_attention(hf_config: Any, max_length: int, device: torch.device, dtype: torch.dtype) -> str | None:
     """Name of the attention function for this model and device; None: transformers' default."""
     text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
-    window = getattr(text, "sliding_window", None)
+    reach = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    short = any(tokens is not None and tokens < max_length for tokens in reach)
     capped = getattr(text, "attn_logit_softcapping", None) is not None
     sinks = "gpt_oss" in text.model_type
     no_flash = device.type != "cuda" or dtype == torch.float32
-    if no_flash or capped or sinks or (window is not None and window < max_length):
+    if no_flash or capped or sinks or short:
         return None
     from transformers import AttentionInterface
 
