@@ -10,7 +10,7 @@ import torch
 from qlora_api.footprint import adapter_numel, shapes_of
 from qlora_api.memory import plan
 from qlora_trainer import measures
-from qlora_trainer.measures import Utilization, flops_per_token, mean_length, peak_flops, planned
+from qlora_trainer.measures import GpuMemory, Utilization, flops_per_token, mean_length, peak_flops, planned
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -84,3 +84,51 @@ def test_a_plan_is_told_in_bytes(make_config: Any) -> None:
     on_gpu = plan(spec, LLAMA_8B, 80 << 30, 2)
     assert planned(on_gpu) == {"planned_gpu_bytes": on_gpu.gpu_bytes, "planned_host_bytes": sum(on_gpu.host.values())}
     assert planned(plan(spec, LLAMA_8B, 0, 2)).keys() == {"planned_host_bytes"}
+
+
+class Allocator:
+    """torch's counts of bytes, on a GPU and of its cache."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.allocated = self.peak = self.reserved_peak = 0
+        for name in ("memory_allocated", "max_memory_allocated", "max_memory_reserved", "reset_peak_memory_stats"):
+            monkeypatch.setattr(measures.torch.cuda, name, getattr(self, name))
+
+    def use(self, peak: int, then: int) -> None:
+        self.peak, self.reserved_peak = max(self.peak, peak), max(self.reserved_peak, peak + 1)
+        self.allocated = then
+
+    def memory_allocated(self) -> int:
+        return self.allocated
+
+    def max_memory_allocated(self) -> int:
+        return self.peak
+
+    def max_memory_reserved(self) -> int:
+        return self.reserved_peak
+
+    def reset_peak_memory_stats(self) -> None:
+        self.peak = self.reserved_peak = self.allocated
+
+
+def test_a_save_has_a_peak_of_its_own_and_the_runs_peak_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_counts, memory = Allocator(monkeypatch), GpuMemory(True)
+    model: Any = SimpleNamespace(layers=[torch.nn.Module()])
+    torch_counts.use(peak=900, then=100)
+    assert memory.measures(model) == {"gpu_memory_bytes": 901, "gpu_memory_steady_bytes": 100}
+    memory.save_ended()  # nothing was begun
+    memory.save_started()
+    torch_counts.use(peak=500, then=110)
+    memory.save_ended()
+    told = {"gpu_memory_bytes": 901, "gpu_memory_steady_bytes": 110, "gpu_memory_save_bytes": 500}
+    assert memory.measures(model) == told
+    torch_counts.use(peak=950, then=100)
+    assert memory.measures(model) == {**told, "gpu_memory_bytes": 951, "gpu_memory_steady_bytes": 100}
+
+
+def test_a_cpu_has_no_gpu_memory() -> None:
+    memory = GpuMemory(False)
+    memory.save_started()
+    memory.save_ended()
+    model: Any = None
+    assert memory.measures(model) == {}
