@@ -138,4 +138,5 @@ def test_the_merged_model_loads_and_the_command_writes_the_same(make_world: Call
     assert names == {path.name for path in files} and "tokenizer.json" in names
     assert all((out / name).read_bytes() == (merge_here / name).read_bytes() for name in names)
     model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.use_cache, "of the model as it is used, not as it is trained"
     assert model.dtype == torch.bfloat16 and AutoTokenizer.from_pretrained(out)("the fox")["input_ids"]

@@ -11,10 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.sources import source_of
+from transformers import AutoModelForCausalLM
 
+from qlora_trainer.adapter import WEIGHTS
 from qlora_trainer.control import WorkerEnv
 from qlora_trainer.errors import BadModel
 from qlora_trainer.loader import PackedModel, ensure_packed, open_packed
+from qlora_trainer.merge import merge
+from qlora_trainer.model import build_model
 from qlora_trainer.packing import FORMAT, build
 from qlora_trainer.quant import Scheme, fingerprint
 from qlora_trainer.sources import ensure_model
@@ -223,3 +227,32 @@ def test_weights_in_other_folders_are_refused(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(names))
     with pytest.raises(BadModel, match="put all of them beside it"):
         weight_files(tmp_path)
+
+
+def test_a_model_with_code_of_its_own(checkpoint, config_of, tmp_path, cache):
+    """It is built, trained and merged by its code, which goes wherever its config.json goes."""
+    folder, out = tmp_path / "custom", tmp_path / "out"
+    shutil.copytree(checkpoint(), folder)
+    out.mkdir()
+    (folder / "configuration_custom.py").write_text(
+        "from transformers import LlamaConfig\nclass CustomConfig(LlamaConfig):\n    model_type = 'custom'\n"
+    )
+    (folder / "modeling_custom.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_custom import CustomConfig\n"
+        "class CustomModel(LlamaForCausalLM):\n    config_class = CustomConfig\n"
+    )
+    names = {"AutoConfig": "configuration_custom.CustomConfig", "AutoModelForCausalLM": "modeling_custom.CustomModel"}
+    changes = {"model_type": "custom", "architectures": ["CustomModel"], "auto_map": names}
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
+    config = config_of(model={"uri": f"file://{folder}", "trustRemoteCode": True})
+    source = ensure_model(config, WorkerEnv(0, 0, 1, 1, tmp_path, cache, tmp_path, "cpu"))
+    packed = ensure_packed(config, source, cache, CPU)
+    model = build_model(config, packed, None, CPU, 1)
+    assert type(model.hf_model).__name__ == "CustomModel"
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
+    save_file({}, adapter / WEIGHTS)
+    list(merge(packed, adapter, source.path, out, CPU))
+    merged = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert type(merged).__name__ == "CustomModel" and merged.config.use_cache and merged.dtype == torch.bfloat16

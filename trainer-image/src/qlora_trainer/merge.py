@@ -7,13 +7,13 @@ bfloat16, which is what PEFT's merge gives on the dequantized base. Without --ad
 """
 
 import argparse
+import copy
 import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -92,7 +92,7 @@ def merge(packed: PackedModel, adapter: Path, tokenizer: Path, out: Path, device
         yield path
     (out / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=1))
     yield out / INDEX
-    yield from _write_config(packed.hf_config, tokenizer, out)
+    yield from _write_config(packed, tokenizer, out)
 
 
 def _merged_layer(packed: PackedModel, index: int, delta: Delta, device: torch.device) -> dict[str, Tensor]:
@@ -114,13 +114,15 @@ def _merged_layer(packed: PackedModel, index: int, delta: Delta, device: torch.d
     return _merged_layer(packed, index, delta, _CPU)  # beside a model that trains there may be no room
 
 
-def _write_config(hf_config: Any, tokenizer: Path, out: Path) -> list[Path]:
-    """config.json for bfloat16 and the tokenizer's files."""
+def _write_config(packed: PackedModel, tokenizer: Path, out: Path) -> list[Path]:
+    """config.json for bfloat16, the code that it refers to, and the tokenizer's files."""
+    kinds = {".json", ".model", ".txt", ".jinja"} | ({".py"} if packed.trust_remote_code else set())
+    hf_config = copy.deepcopy(packed.hf_config)
     hf_config.dtype = torch.bfloat16
     hf_config.save_pretrained(out)
     written = [out / "config.json"]
     for path in sorted(tokenizer.iterdir()):
-        if path.suffix in (".json", ".model", ".txt", ".jinja") and path.name not in ("config.json", INDEX):
+        if path.suffix in kinds and path.name not in ("config.json", INDEX):
             written.append(Path(shutil.copy(path, out / path.name)))
     return written
 

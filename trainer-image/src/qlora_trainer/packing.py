@@ -10,6 +10,7 @@ device's default stream: bitsandbytes launches its kernels there, whatever strea
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -91,6 +92,7 @@ class _Builder:
         for index, name, module in decoder_linears(self._skeleton):
             self._linears[index][name] = module
         self._weights = Weights(model_dir)
+        self._code = sorted(model_dir.glob("*.py")) if trust_remote_code else []  # what config.json refers to
 
     def run(self) -> None:
         """Build every layer that nobody has built, wait for those that others build, write the index."""
@@ -152,6 +154,8 @@ class _Builder:
         tables = read_tables(self._scheme)
         rest += [("tables.code4", tables.code4, torch.float32), ("tables.code8", tables.code8, torch.float32)]
         self._hf_config.save_pretrained(self._folder)
+        for path in self._code:
+            shutil.copyfile(path, self._folder / path.name)
         with _replaced(self._folder / "rest.safetensors") as temporary:
             write_safetensors(temporary, rest)
             places = read_header(temporary)

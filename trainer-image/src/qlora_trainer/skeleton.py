@@ -3,6 +3,7 @@
 Rules: nothing here allocates a weight; any causal language model whose decoder layers hold `nn.Linear` modules works.
 """
 
+import copy
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,7 @@ def build_skeleton(
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
+    hf_config = copy.deepcopy(hf_config)  # the caller writes its own into folders that others load
     hf_config.use_cache = False
     capped = getattr(hf_config, _CAPPED, None) is not None  # Gemma 2: only the eager attention caps scores
     attention = "eager" if capped else attention
