@@ -184,10 +184,10 @@ def _catch_up(mesh: DeviceMesh, device: torch.device) -> None:
     torch before 2.15 numbers the messages of a process' rendezvous in one row, whatever the group (pytorch#196082): a
     process that went through more generations than its peers would wait for theirs for ever.
     """
-    most = _all_gather(_num_rendezvous, mesh)
-    if len(set(most)) > 1:
+    counts = _all_gather(_num_rendezvous, mesh)
+    if len(set(counts)) > 1:
         alone, _ = dist.new_subgroups(1, backend="gloo")
-        while _num_rendezvous < max(most):
+        while _num_rendezvous < max(counts):
             _rendezvous(symmetric_memory.empty(1, dtype=torch.uint8, device=device), alone)
 
 
