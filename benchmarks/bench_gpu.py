@@ -57,12 +57,16 @@ fsdp_config:
 """
 
 
+PEAKS = ("peak_gib", "host_peak_gib", "load_s", "start_s", "load_peak_gib")
+
+
 class Bench:
     """Runs workers and collects what they wrote."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.results: dict[str, dict[str, Any]] = {}
+        self.failed: list[str] = []  # groups of workers, and cases
 
     def environment(self, **extra: str) -> dict[str, str]:
         paths = [HERE, ROOT, ROOT / "api/src", ROOT / "trainer-image/src", os.environ.get("PYTHONPATH", "")]
@@ -84,11 +88,12 @@ class Bench:
             codes = self._wait(command, stream, limit, gpus, self.environment(**extra))
         if any(codes):
             print(f"failed with {codes}:\n{log.read_text()[-1500:]}", flush=True)
+            self.failed.append(out.stem)
         for line in out.read_text().splitlines() if out.exists() else []:
             result = json.loads(line)
-            known = self.results.setdefault(result["name"], result)
-            for key in ("peak_gib", "host_peak_gib", "load_s", "start_s", "load_peak_gib"):
-                known[key] = max(known.get(key, 0), result.get(key, 0))
+            self.results[result["name"]] = joined(self.results.get(result["name"], {}), result)
+            if "error" in result:
+                self.failed.append(result["name"])
         print(json.dumps({n: _brief(r) for n, r in self.results.items()}), flush=True)
 
     def _wait(self, command: list[str], stream: Any, limit: int, gpus: int, environment: dict[str, str]) -> list[int]:
@@ -133,6 +138,14 @@ class Bench:
             command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), script, "hf"]
             command += arguments
         self.run(command, out, 200, **extra)
+
+
+def joined(known: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a case with one more rank's result: rank 0's figures, peaks of the worst rank, any error."""
+    peaks = {key: max(r[key] for r in (known, result) if key in r) for key in PEAKS if key in {*known, *result}}
+    first, other = (known, result) if known and result.get("rank", 0) else (result, known)
+    error = {"error": other["error"]} if "error" in other else {}
+    return {**error, **first, **peaks}
 
 
 def _free_port() -> int:
@@ -228,7 +241,9 @@ def main() -> int:
         run_all(bench, options.groups.split(","))
         rows = figures(bench.results)
         publish(rows, bench.results)
-    return 0 if rows else 1
+        if bench.failed:
+            print(f"failed: {', '.join(dict.fromkeys(bench.failed))}; the logs are above", file=sys.stderr)
+    return 0 if rows and not bench.failed else 1
 
 
 if __name__ == "__main__":
