@@ -7,6 +7,7 @@ every failure becomes a `StorageError` that names bucket and endpoint, except a 
 import io
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ class FileStore:
 
     def put(self, key: str, data: bytes | Path, if_none_match: bool = False) -> bool:
         path = self._path(key)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # pids are alike in all pods
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(data, Path):
