@@ -1,10 +1,9 @@
-"""One rank of a group, run as a script by test_sharding.py: two steps and an evaluation a configuration.
+"""One rank of a group, a process of test_sharding.py: two steps and an evaluation a configuration.
 
 Where shards can be read by the peers they are; in configurations whose name starts with fsdp2, FSDP2 gathers them.
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +64,12 @@ def damage(model: TrainableModel, mine: bool) -> str:
     return ""
 
 
-if __name__ == "__main__":
-    folder, model_folder, cache_folder = map(Path, sys.argv[1:4])
-    this_rank, ranks, port = map(int, sys.argv[4:7])
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=this_rank, world_size=ranks)
-    for file in sys.argv[7:]:
-        os.environ[ENV_PEERS] = "0" if file.startswith("fsdp2") else "1"
-        result = train(parse_config((folder / file).read_text()), model_folder, cache_folder, this_rank, ranks)
-        torch.save(result, folder / f"{file}-{ranks}-{this_rank}.pt")
+def run_cases(folder: Path, model_dir: Path, rank: int, world_size: int, port: int, cases: list[str]) -> None:
+    """In a process of its own: what this rank saw goes into `folder`."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    for case in cases:
+        os.environ[ENV_PEERS] = "0" if case.startswith("fsdp2") else "1"
+        result = train(parse_config((folder / case).read_text()), model_dir, folder / "cache", rank, world_size)
+        torch.save(result, folder / f"{case}-{world_size}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -1,14 +1,13 @@
 """Sharded over ranks (gloo) the model computes what it computes on one, and damaged bytes are noticed."""
 
-import socket
-import subprocess
-import sys
-from pathlib import Path
+import multiprocessing
 
 import pytest
 import torch
+from tests.ports import free_port
+from tests.unit.trainer_model.ranks import run_cases
+from tests.worlds import PRELOAD
 
-SCRIPT = Path(__file__).with_name("ranks.py")
 CASES = {
     "fsdp2-full": {"training": {"sharding_strategy": "FULL_SHARD"}},
     "full": {"training": {"sharding_strategy": "FULL_SHARD"}},
@@ -40,17 +39,18 @@ def results(checkpoint, config_of, tmp_path_factory):
 
 
 def run_ranks(folder, model_dir, world_size, cases):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = []
-    for rank in range(world_size):
-        arguments = [folder, model_dir, folder / "cache", rank, world_size, port, *cases]
-        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    port = free_port()
+    started = [
+        context.Process(target=run_cases, args=(folder, model_dir, rank, world_size, port, cases), daemon=True)
+        for rank in range(world_size)
+    ]
     for process in started:
-        _, errors = process.communicate(timeout=500)
-        assert process.returncode == 0, errors
+        process.start()
+    for process in started:
+        process.join(500)
+        assert process.exitcode == 0, "its words are above"
 
 
 @pytest.mark.parametrize(("case", "world_size"), [*((case, 2) for case in CASES), ("full", 3), ("fsdp2-full", 3)])
