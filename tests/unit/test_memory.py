@@ -3,21 +3,13 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.shapes import LLAMA_8B
 
 from qlora_api.footprint import Placement, gpu_items, shapes_of
 from qlora_api.memory import pick_micro_batch, plan
 from qlora_api.types import QLoRAFinetuneSpec
 
 GIB = 2**30
-LLAMA_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
 LLAMA_70B = {
     **LLAMA_8B,
     "hidden_size": 8192,

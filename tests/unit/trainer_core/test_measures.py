@@ -6,21 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.shapes import LLAMA_8B
 
 from qlora_api.footprint import adapter_numel, shapes_of
 from qlora_api.memory import plan
 from qlora_trainer import measures
 from qlora_trainer.measures import GpuMemory, Utilization, flops_per_token, mean_length, peak_flops, planned
 
-LLAMA_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
 NUM_LINEAR = 8_030_261_248 - 128256 * 4096 - 65 * 4096  # all of Llama 3.1 8B but its embedding table and norms
 
 

@@ -2,13 +2,14 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
+from tests import waiting
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import RendezvousInfo
 from torch.distributed.elastic.rendezvous.api import RendezvousGracefulExitError
@@ -22,6 +23,8 @@ from qlora_trainer.rendezvous import QloraRendezvous
 
 HOST, OWN = "127.83.7.1", "127.83.7.2"  # loopback, nobody else's
 Told = tuple[AgentState, str | None]
+
+wait_for = partial(waiting.wait_for, seconds=15)
 
 
 class Pod(threading.Thread):
@@ -58,13 +61,6 @@ def pod(tmp_path: Path) -> Iterator[Pod]:
     yield made
     made.board.hear(Membership(generation=99, prepare=99, command=Command.STOP))
     made.join(20)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 15
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def tells(pod: Pod, told: list[Told]) -> bool:

@@ -93,8 +93,9 @@ def test_any_state_comes_back_bit_equal(tmp_path: Path, data: st.DataObject) -> 
         path.unlink()
 
 
-def test_a_damaged_slot_is_never_chosen(tmp_path: Path) -> None:
-    slots = SnapshotSlots(tmp_path)
+def damaged_newest_of_two(folder: Path) -> tuple[Path, bytearray]:
+    """Steps 1 and 2 are written, a bit of the newer one's payload is flipped: its path and bytes."""
+    slots = SnapshotSlots(folder)
     write(slots, 1)
     write(slots, 2)
     newest = slots.newest()
@@ -102,8 +103,13 @@ def test_a_damaged_slot_is_never_chosen(tmp_path: Path) -> None:
     raw = bytearray(newest.path.read_bytes())
     raw[-5] ^= 1
     newest.path.write_bytes(raw)
+    return newest.path, raw
+
+
+def test_a_damaged_slot_is_never_chosen(tmp_path: Path) -> None:
+    path, raw = damaged_newest_of_two(tmp_path)
     assert assert_is_step(SnapshotSlots(tmp_path).newest()) == 1
-    newest.path.write_bytes(raw[: len(raw) // 2])
+    path.write_bytes(raw[: len(raw) // 2])
     assert assert_is_step(SnapshotSlots(tmp_path).newest()) == 1
 
 
@@ -122,14 +128,7 @@ def test_only_the_newest_is_verified_and_once(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("looks", [True, False])
 def test_a_damaged_slot_is_the_next_that_is_written(tmp_path: Path, looks: bool) -> None:
-    slots = SnapshotSlots(tmp_path)
-    write(slots, 1)
-    write(slots, 2)
-    newest = slots.newest()
-    assert newest is not None
-    raw = bytearray(newest.path.read_bytes())
-    raw[-5] ^= 1
-    newest.path.write_bytes(raw)
+    damaged_newest_of_two(tmp_path)
     again = SnapshotSlots(tmp_path)
     if looks:
         assert assert_is_step(again.newest()) == 1

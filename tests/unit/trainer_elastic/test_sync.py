@@ -3,17 +3,21 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import waiting
 
 from qlora_api.run import AgentState, Membership
 from qlora_trainer import sync as sync_module
 from qlora_trainer.board import Board
 from qlora_trainer.sync import SyncThread
+
+wait_for = partial(waiting.wait_for, seconds=20)
 
 
 class Server:
@@ -96,13 +100,6 @@ def board(server: Server, tmp_path: Path) -> Iterator[Board]:
     sync.start()
     yield made
     sync.end(0)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_news_comes_through_the_held_call(server: Server, board: Board) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tests.sources import source_of
 from torch.distributed.device_mesh import init_device_mesh
 
 from qlora_api.run import TrainConfig, parse_config
@@ -17,7 +18,6 @@ from qlora_trainer.loader import ensure_packed
 from qlora_trainer.model import TrainableModel, build_model
 from qlora_trainer.peers import ENV_PEERS
 from qlora_trainer.sharding import own_part
-from qlora_trainer.sources import Source
 
 NUM_MICRO = 6  # of one global batch, whatever the number of ranks
 CPU = torch.device("cpu")
@@ -26,8 +26,7 @@ CPU = torch.device("cpu")
 def train(config: TrainConfig, model_dir: Path, cache_dir: Path, rank: int, world_size: int) -> dict[str, Any]:
     """Two steps of plain gradient descent over micro batches that do not depend on the number of ranks."""
     mesh = init_device_mesh("cpu", (world_size,))
-    base = Source(path=model_dir, files=[], digest=model_dir.name)
-    model = build_model(config, ensure_packed(config, base, cache_dir, CPU), mesh, CPU, 1)
+    model = build_model(config, ensure_packed(config, source_of(model_dir), cache_dir, CPU), mesh, CPU, 1)
     model.verify()
     tokens = torch.randint(1, 300, (NUM_MICRO, 24), generator=torch.Generator().manual_seed(3))
     losses = {}

@@ -13,7 +13,7 @@ from qlora_api.layout import merged_key
 from qlora_api.run import TrainConfig
 from qlora_api.status import Artifacts
 from qlora_trainer import adapter, faults
-from qlora_trainer.background import in_daemon
+from qlora_trainer.background import answer_of, in_daemon
 from qlora_trainer.control import WorkerEnv, read_control
 from qlora_trainer.errors import Fenced, StorageError
 from qlora_trainer.group import broadcast
@@ -40,11 +40,11 @@ def _ask_bucket(config: TrainConfig, env: WorkerEnv, kept: Kept) -> Artifacts | 
     patience = patience_of(newest.generation if newest else -1, env)
     try:
         store = kept.open(config, env)[0]
-        return in_daemon(adapter.find_published, store).result(patience)
-    except (TimeoutError, StorageError) as error:
+        return answer_of(in_daemon(adapter.find_published, store), patience)
+    except StorageError as error:
         if patience is None:
             raise
-        print(f"not known whether the adapter is published: {error or 'the bucket takes its time'}", file=sys.stderr)
+        print(f"not known whether the adapter is published: {error}", file=sys.stderr)
         return None
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qlora_trainer import checkpoint
-from qlora_trainer.background import in_daemon
+from qlora_trainer.background import answer_of, in_daemon
 from qlora_trainer.checkpoint import CheckpointWriter
 from qlora_trainer.control import WorkerEnv
 from qlora_trainer.errors import BadConfig, StorageError
@@ -85,12 +85,9 @@ def restore(session: Session) -> Position:
 
 def _from_bucket(session: Session, best: Offer) -> State | None:
     """Rank 0: the newest intact checkpoint beyond the best snapshot, or None."""
-    patience = patience_of(best.generation, session.env)
     looking = in_daemon(_look, session.store, session.checkpoints, best.step)
     try:
-        return looking.result(patience)
-    except TimeoutError:
-        print(f"going on from the snapshot of step {best.step}: the bucket takes its time", file=sys.stderr, flush=True)
+        return answer_of(looking, patience_of(best.generation, session.env))
     except StorageError as error:
         if best.step < 0:
             raise
