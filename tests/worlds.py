@@ -97,8 +97,8 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make_config(base: Path, train_file: Path, output: str, **spec: dict[str, Any]) -> TrainConfig:
-    """A small float32 run; `spec` holds camelCase sections to merge in. `output` may be a file:// URI."""
+def make_config(base: Path, train_file: Path, output_uri: str, **spec: dict[str, Any]) -> TrainConfig:
+    """A small float32 run; `spec` holds camelCase sections to merge in. `output_uri` may be a file:// URI."""
     sections: dict[str, dict[str, Any]] = {
         "model": {"uri": f"file://{base}"},
         "dataset": {"uri": f"file://{train_file}", "evalFraction": 0.1},
@@ -119,7 +119,7 @@ def make_config(base: Path, train_file: Path, output: str, **spec: dict[str, Any
     for name, values in spec.items():
         sections[name] = {**sections.get(name, {}), **values}
     parsed = QLoRAFinetuneSpec.model_validate(sections)
-    parsed = parsed.model_copy(update={"output": parsed.output.model_copy(update={"uri": output})})
+    parsed = parsed.model_copy(update={"output": parsed.output.model_copy(update={"uri": output_uri})})
     return TrainConfig(run=RunIdentity(namespace="default", name="run", uid="0123456789"), spec=parsed)
 
 

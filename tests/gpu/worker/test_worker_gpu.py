@@ -1,4 +1,4 @@
-"""The worker on GPUs: one card and two, restarts, 8-bit optimizers, a large state."""
+"""The worker on GPUs: one card and two, restarts, 8-bit optimizers, a large state, an offloaded base, a merge."""
 
 import json
 from collections.abc import Callable
@@ -7,18 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qlora_api.run import Command, ExitCode
+from qlora_trainer import merge
+from qlora_trainer.measures import peak_flops
+from qlora_trainer.session import prepare
 
 MakeWorld = Callable[..., Any]
 NO_EVAL = {"evalFraction": 0.0}
 BFLOAT16 = {"computeDtype": "bfloat16", "storageDtype": "bfloat16"}
 
 
-def gpu_world(make_world: MakeWorld, name: str, **spec: Any) -> Any:
+def gpu_world(make_world: MakeWorld, name: str, cards: int = 2, **spec: Any) -> Any:
     """One pod with a worker for each GPU."""
-    assert torch.cuda.device_count() >= 2, "these tests need two GPUs: run them on such a node"
-    world = make_world(name, dataset=NO_EVAL, **spec)
+    assert torch.cuda.device_count() >= cards, f"this test needs {cards} GPUs: run it on such a node"
+    world = make_world(name, **{"dataset": NO_EVAL, **spec})
     world.device_type, world.one_pod = "cuda", True
     return world
 
@@ -52,7 +56,7 @@ def test_restarts_are_bit_equal(make_world: MakeWorld) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
 def test_8bit_optimizers_go_on_from_a_checkpoint(make_world: MakeWorld, optimizer: str) -> None:
     spec = {"training": {"optimizer": optimizer}, "lora": {"r": 64}, "quantization": BFLOAT16}
-    straight, broken = (gpu_world(make_world, name, **spec) for name in ("straight", "broken"))
+    straight, broken = (gpu_world(make_world, name, 1, **spec) for name in ("straight", "broken"))
     assert straight.run([0]) == [0]
     for _ in range(2):
         assert broken.run([0], Command.STOP) == [ExitCode.STOPPED]
@@ -60,6 +64,36 @@ def test_8bit_optimizers_go_on_from_a_checkpoint(make_world: MakeWorld, optimize
         slot.unlink()  # from the bucket, not from memory
     assert broken.run([0]) == [0]
     assert all(torch.equal(broken.adapter()[name], tensor) for name, tensor in straight.adapter().items())
+
+
+def test_an_offloaded_base_trains_as_one_on_the_card(make_world: MakeWorld) -> None:
+    held = gpu_world(make_world, "held", 1, training={"maxSteps": 20})
+    offloaded = gpu_world(make_world, "offloaded", 1, training={"maxSteps": 20, "cpuOffload": True})
+    assert held.run([0]) == [0] and offloaded.run([0]) == [0]
+    torch.testing.assert_close(torch.tensor(losses(offloaded)), torch.tensor(losses(held)), rtol=1e-4, atol=0)
+    waited = offloaded.state(0).metrics["gather_wait_seconds"]  # of one step, timed by events on the stream
+    assert 0 < waited < 10 and "gather_wait_seconds" not in held.state(0).metrics
+
+
+def test_a_run_with_evaluation_is_measured_and_merged(make_world: MakeWorld, tmp_path: Path) -> None:
+    sections = {"dataset": {"evalFraction": 0.1}, "output": {"merge": True}, "quantization": BFLOAT16}
+    world = gpu_world(make_world, "one", 1, **sections)
+    assert world.run([0]) == [0]
+    figures = world.state(0).metrics
+    for name in ("gpu_memory_bytes", "gpu_memory_steady_bytes", "gpu_memory_save_bytes", "flops_per_second"):
+        assert figures[name] > 0, name
+    assert {"data_wait_seconds", "all_reduce_seconds"} <= set(figures)
+    assert 0 < figures.get("mfu", 0) < 1 or peak_flops(torch.cuda.get_device_name()) is None
+    prepared = prepare(world.config, world.env(0))
+    on_cpu = list(
+        merge.merge(prepared.packed, world.adapter_folder(), prepared.model.path, tmp_path, torch.device("cpu"))
+    )
+    on_card = world.root / "bucket/run-01234567/merged/gen-00001"
+    for path in (path for path in on_cpu if path.suffix == ".safetensors"):
+        expected, found = load_file(path), load_file(on_card / path.name)
+        assert expected.keys() == found.keys()
+        for name in expected:  # sums in another order: one unit in the last place
+            torch.testing.assert_close(found[name], expected[name], rtol=2**-7, atol=1e-6)
 
 
 def test_half_a_gigabyte_of_state(make_world: MakeWorld, make_model: Callable[..., None], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from qlora_trainer.storage import FileStore
 from qlora_trainer.train import work
 
 CPU = torch.device("cpu")
+MERGED = {"merge": True}
 
 read_tables = PackedModel.read_tables
 
@@ -40,14 +41,6 @@ def dequantized_base(packed: Any, base: Path) -> Any:
             weight = model.get_submodule(f"{packed.prefix}.{index}.{name}").weight
             weight.data = dequantize(blob, stored, packed.scheme, tables, out).float()
     return model
-
-
-def merging(world: Any) -> Any:
-    """The world with a merged model as a part of its output."""
-    spec = world.config.spec
-    spec = spec.model_copy(update={"output": spec.output.model_copy(update={"merge": True})})
-    world.config = world.config.model_copy(update={"spec": spec})
-    return world
 
 
 def work_while_the_others_move(config: TrainConfig, env: WorkerEnv) -> None:
@@ -77,7 +70,7 @@ def activity(run_dir: Path) -> int:
 
 
 def test_all_ranks_show_signs_of_life_while_one_merges(make_world: Callable[..., Any]) -> None:
-    world = merging(make_world("merge", training={"maxSteps": 2}))
+    world = make_world("merge", output=MERGED, training={"maxSteps": 2})
     world.entry = work_while_the_others_move
     assert world.run([0, 1]) == [0, 0]
     assert len(list((world.root / "bucket").glob("*/merged/gen-00001/*.safetensors"))) == 3
@@ -103,7 +96,7 @@ def test_equals_pefts_merge(make_world: Callable[..., Any], lora: dict[str, Any]
     from peft import PeftModel
 
     quantization = {"computeDtype": "bfloat16", "storageDtype": "bfloat16"}
-    world = merging(make_world("merge", lora=lora, training={"maxSteps": 2}, quantization=quantization))
+    world = make_world("merge", output=MERGED, lora=lora, training={"maxSteps": 2}, quantization=quantization)
     assert world.run([0]) == [0]
     root = world.root / "bucket" / "run-01234567"
     assert (
