@@ -51,8 +51,8 @@ lint-chart: sync ## helm lint (builds helm once).
 
 .PHONY: typecheck
 typecheck: sync ## mypy, strict.
-	$(RUN) mypy
-	$(RUN) mypy --explicit-package-bases --package hack
+	$(RUN) mypy --cache-dir $(CACHE)/mypy
+	$(RUN) mypy --cache-dir $(CACHE)/mypy --explicit-package-bases --package hack
 
 .PHONY: manifests
 manifests: sync ## Generate the CRD from api/ into crds/ and the chart.
@@ -65,7 +65,15 @@ verify: sync ## Fail when a generated file drifts from its source.
 
 ##@ Tests
 .PHONY: test
-test: lint typecheck verify lint-chart test-unit test-integration chaos-smoke test-e2e ## Everything: style, types, unit, integration, a few cells of the kill grid, e2e on a real local cluster.
+test: sync ## Everything: style, types, unit, integration, a few cells of the kill grid, e2e on a real local cluster.
+	$(MAKE) lint typecheck verify lint-chart test-unit
+	$(MAKE) --jobs 2 test-integration test-beside  # these mostly wait, for clusters of their own
+	$(RUN) pytest tests/e2e --ignore tests/e2e/cluster $(PYTEST_ARGS)
+
+.PHONY: test-beside
+test-beside:
+	$(MAKE) chaos-smoke
+	$(MAKE) test-cluster
 
 .PHONY: test-unit
 test-unit: sync ## Pure code, in seconds.
@@ -78,6 +86,10 @@ test-integration: sync ## Real API server, real S3 server, gloo processes.
 .PHONY: test-e2e
 test-e2e: cluster-up images ## The real cluster: every example, a killed node, bad input.
 	$(RUN) pytest tests/e2e $(PYTEST_ARGS)
+
+.PHONY: test-cluster
+test-cluster: cluster-up images ## The local cluster itself: names, killed and cut nodes, dead daemons.
+	$(RUN) pytest tests/e2e/cluster $(PYTEST_ARGS)
 
 .PHONY: test-gpu
 test-gpu: sync ## On a machine with GPUs: bytes, oracle, resume. CI has none.

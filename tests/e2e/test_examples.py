@@ -60,7 +60,7 @@ def test_elastic_goes_on_when_a_node_is_killed_and_takes_it_back(apply: Any, sto
         spot.start()
     done = run.succeeded()
     status = watch.status(done)
-    assert status["progress"]["step"] == 24
+    assert status["progress"]["step"] == 20
     assert status["restarts"]["disruptions"] >= 1
     assert status["restarts"]["failures"] == 0, status["lastFailure"]
     assert status["artifacts"]["evalLossAfter"] < status["artifacts"]["evalLossBefore"]

@@ -73,7 +73,9 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
     return certificate, key
 
 
-async def eventually(check: Callable[[], Awaitable[Any]], what: str, seconds: float = 60.0) -> Any:
+async def eventually(
+    check: Callable[[], Awaitable[Any]], what: str, seconds: float = 60.0, poll_seconds: float = 0.1
+) -> Any:
     """Wait until `check` answers something true."""
     end = time.monotonic() + seconds
     last: Any = None
@@ -82,7 +84,7 @@ async def eventually(check: Callable[[], Awaitable[Any]], what: str, seconds: fl
             last = await check()
             if last:
                 return last
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(poll_seconds)
     raise AssertionError(f"{what} did not happen within {seconds} s; last: {last}")
 
 
@@ -92,6 +94,7 @@ class Runs:
 
     kube: Kube
     namespace: str
+    poll_seconds: float = 0.1
 
     async def create(self, name: str, **spec: Any) -> None:
         body = {
@@ -118,7 +121,7 @@ class Runs:
             return status if test(status) else None
 
         try:
-            return await eventually(check, "the wanted status", seconds)
+            return await eventually(check, "the wanted status", seconds, self.poll_seconds)
         except AssertionError as error:
             raise AssertionError(f"{error}; status: {(await self.status(name)).to_wire()}") from None
 

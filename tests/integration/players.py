@@ -41,6 +41,7 @@ class FakeAgent:
     pod: Json
     training: Training
     warm_seconds: float = 0.2
+    wait_seconds: float = 0.2  # that a call may be held
     fail_with: Termination | None = None  # the next time its workers run, or while warming up when `fails_warming`
     fails_warming: bool = False
     state: AgentState = AgentState.WARMING
@@ -81,7 +82,7 @@ class FakeAgent:
             known_generation=self.view.generation,
             known_prepare=self.view.prepare,
             known_command=self.view.command,
-            wait_seconds=0.2,
+            wait_seconds=self.wait_seconds,
             progress=Progress(step=self.training.step, total_steps=self.training.total, loss=1.0)
             if self.state in (AgentState.RUNNING, AgentState.FINISHED)
             else None,
@@ -153,6 +154,8 @@ class World:
     capacity: int = 100  # pods that get a node
     prepare_agent: Callable[[FakeAgent], None] = lambda agent: None
     warm_seconds: float = 0.2
+    wait_seconds: float = 0.2
+    poll_seconds: float = 0.1
     starts_containers: bool = True
     node_of: Callable[[str], str] = lambda pod_name: f"node-{pod_name}"
     _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
@@ -177,7 +180,7 @@ class World:
             for pod in (await self.kube.request("GET", self.pods_path))["items"]:
                 with contextlib.suppress(ApiError):
                     await self._tend(pod)
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(self.poll_seconds)
 
     async def _tend(self, pod: Json) -> None:
         name, uid, node = pod["metadata"]["name"], pod["metadata"]["uid"], pod["spec"].get("nodeName")
@@ -208,6 +211,7 @@ class World:
             pod,
             self.training,
             self.warm_seconds,
+            self.wait_seconds,
         )
         self.prepare_agent(agent)
         self.agents[name] = agent

@@ -23,7 +23,7 @@ from qlora_operator.serve import Server
 from qlora_operator.settings import Settings
 
 NO_OBJECTS = ("tokenreviews", "/events")
-AT_ONCE = 8
+AT_ONCE = 16
 
 
 class MortalKube:
@@ -121,9 +121,10 @@ async def history(kubeconfig: Path, folder: Path, writes_to_live: int | None) ->
         resync_seconds=0.3,
     )
     settings = Settings(**{**vars(settings), "listen_port": int(settings.coordinator_url.rsplit(":", 1)[1])})
-    world = World(kube, namespace, settings.coordinator_url, folder / "tls.crt", capacity=1)
+    pace = {"wait_seconds": 1.0, "poll_seconds": 0.3}  # many histories share one process
+    world = World(kube, namespace, settings.coordinator_url, folder / "tls.crt", capacity=1, **pace)
     world.training.total = 100_000
-    runs, operator = Runs(kube, namespace), MortalOperator(kube, settings, writes_to_live)
+    runs, operator = Runs(kube, namespace, pace["poll_seconds"]), MortalOperator(kube, settings, writes_to_live)
     try:
         async with world.playing(), operator.living():
             await runs.create("r", elasticPolicy={"minNodes": 1, "maxNodes": 2})
