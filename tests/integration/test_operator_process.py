@@ -3,12 +3,13 @@
 import asyncio
 import signal
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import aiohttp
 import pytest
-from hack.demo.kubectl import Kubectl
+import yaml
+from hack.demo.kubectl import ROOT, Kubectl
 from tests.integration.operator_support import OperatorProcess, Runs, connect, eventually, least_rights
 from tests.integration.players import World
 
@@ -75,12 +76,29 @@ async def test_a_dead_node_is_left_out_replaced_and_let_in_again(stage: Stage) -
     assert "deletionTimestamp" in stuck["metadata"], "it still hangs in Terminating and blocked nothing"
 
 
-async def test_training_outlives_the_operator(stage: Stage) -> None:
+@pytest.fixture
+def next_crd(kubectl: Kubectl, tmp_path: Path) -> Iterator[Path]:
+    """A CRD of a later release, with a field more in spec and status; afterwards this one's is back."""
+    (file,) = (ROOT / "crds").glob("*.yaml")
+    crd = yaml.safe_load(file.read_text())
+    parts = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    for name in ("spec", "status"):
+        parts[name]["properties"]["laterField"] = {"type": "string"}
+    later = tmp_path / "crd.yaml"
+    later.write_text(yaml.safe_dump(crd))
+    yield later
+    kubectl.must("apply", "--server-side", "-f", str(file))
+
+
+async def test_training_outlives_the_operator_and_an_upgrade_of_both(
+    stage: Stage, kubectl: Kubectl, next_crd: Path
+) -> None:
     runs, world, operator = stage
     await runs.create("three", elasticPolicy={"minNodes": 2, "maxNodes": 2})
     await runs.reaches("three", lambda s: s.generation == 1 and s.progress.step > 3)
     operator.stop(kill=True)
     step = world.training.step
+    await asyncio.to_thread(kubectl.must, "apply", "--server-side", "-f", str(next_crd))
     operator.start()
     later = await runs.reaches("three", lambda s: s.progress.step > step + 5)
     assert later.generation == 1 and later.restarts.disruptions == 0
