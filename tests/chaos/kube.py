@@ -176,7 +176,7 @@ class KubeCluster:
             if self._closed.is_set():
                 return
             self.status = QLoRAFinetuneStatus.model_validate(watch.status(state))
-            self.timeline.members(self.status.generation, len(self.status.members))
+            self.timeline.members(self.status.generation, [member.pod_uid for member in self.status.members])
 
     def _look(self) -> None:
         scanned = 0.0

@@ -1,8 +1,9 @@
 """Faults at random moments for many minutes: `python -m tests.chaos.poisson [--mean S] [--minutes M] [--seed S]`.
 
 On the local Kubernetes as kubegrid.py prepares it. A fault strikes one member; a node that was killed or cut comes back
-after BACK_SECONDS. Goodput is the share of the undisturbed speed (two nodes or three, whatever the run had before the
-first fault) that was left. Ends with one line of JSON.
+after BACK_SECONDS. Goodput is the share of the time in which steps came (Timeline.stalled_seconds); `speed` is steps a
+second beside the undisturbed run's, above 1 where nodes share cores and few of them are faster. Ends with one line of
+JSON.
 """
 
 import argparse
@@ -62,14 +63,19 @@ def measure(run: KubeCluster, minutes: float, mean: float, seed: int) -> dict[st
     begin, step, cpu = time.monotonic(), driver.step(), CpuTimes.now()
     number = strike_for(run, minutes * 60, mean, random.Random(seed))
     run.restore(())
-    seconds, steps = time.monotonic() - begin, run.timeline.newest_step() - step
+    end = time.monotonic()
+    seconds, steps = end - begin, run.timeline.newest_step() - step
+    falls = run.timeline.falls()
     return {
         "mean_seconds": mean,
         "minutes": round(seconds / 60, 1),
         "faults": number,
         "steps": steps,
-        "goodput": round(steps / seconds / speed, 3),
-        "steps_lost": run.timeline.steps_lost(),
+        "goodput": round(1 - run.timeline.stalled_seconds(begin, end) / seconds, 3),
+        "speed": round(steps / seconds / speed, 3),
+        "max_steps_lost": max((lost for lost, left in falls if left), default=0),
+        "steps_lost_all_pods_gone": [lost for lost, left in falls if lost and not left],
+        "steps_lost": sum(lost for lost, _ in falls),
         **recovery(run.timeline.recoveries()),
         "state": str(run.status.state),
         "stolen_cpu_percent": CpuTimes.now().stolen_percent(cpu),

@@ -5,6 +5,7 @@ import itertools
 import statistics
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from tests.chaos.verify import Steps, read_lines
@@ -17,7 +18,7 @@ class Timeline:
 
     def __init__(self) -> None:
         self._seen: dict[int, dict[int, float]] = {}  # generation -> step -> when it was first seen done
-        self._sizes: dict[int, int] = {}
+        self._members: dict[int, frozenset[str]] = {}  # by uid
         self._strikes: list[float] = []
         self._traces: dict[tuple[int, int], io.TextIOWrapper] = {}  # open files survive their pod
         self._lock = threading.Lock()
@@ -41,10 +42,10 @@ class Timeline:
         if key not in self._traces:
             self._traces[key] = path.open()
 
-    def members(self, generation: int, number: int) -> None:
+    def members(self, generation: int, uids: Iterable[str]) -> None:
         """What the status says."""
         with self._lock:
-            self._sizes[generation] = number
+            self._members[generation] = frozenset(uids)
 
     def struck(self) -> None:
         """A fault was caused now."""
@@ -76,9 +77,26 @@ class Timeline:
 
     def steps_lost(self) -> int:
         """Steps that were done and had to be done again, over all changes of generation."""
-        ordered = sorted(self._seen)
-        falls = (max(self._seen[before]) - min(self._seen[after]) for before, after in itertools.pairwise(ordered))
-        return sum(max(0, fall) for fall in falls)
+        return sum(lost for lost, _ in self.falls())
+
+    def falls(self) -> list[tuple[int, bool]]:
+        """Of each change of generation: steps that had to be done again; whether a pod of the one before was left."""
+        falls = []
+        for before, after in itertools.pairwise(sorted(self._seen)):
+            left = self._members.get(before, frozenset()) & self._members.get(after, frozenset())
+            falls.append((max(0, max(self._seen[before]) - min(self._seen[after])), bool(left)))
+        return falls
+
+    def stalled_seconds(self, begin: float, end: float) -> float:
+        """How long steps did not come as they usually do: what exceeds three median gaps between new steps."""
+        first: dict[int, float] = {}
+        for times in self._seen.values():
+            for step, moment in times.items():
+                first[step] = min(moment, first.get(step, moment))
+        moments = [begin, *sorted(moment for moment in first.values() if begin < moment < end), end]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(moments)]
+        usual = 3 * statistics.median(gaps)
+        return sum(max(0.0, gap - usual) for gap in gaps)
 
     def step_seconds(self) -> float | None:
         """Median time of a step."""
@@ -96,7 +114,8 @@ class Timeline:
         found = []
         ordered = sorted(self._seen)
         for before, after in itertools.pairwise(ordered):
-            if self._sizes.get(after, 0) <= self._sizes.get(before, 0) or len(self._seen[after]) < 2:
+            before_size, after_size = (len(self._members.get(number, ())) for number in (before, after))
+            if after_size <= before_size or len(self._seen[after]) < 2:
                 continue
             first, second = sorted(self._seen[after])[:2]
             last = max(self._seen[before])
