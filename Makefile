@@ -66,14 +66,13 @@ verify: sync ## Fail when a generated file drifts from its source.
 ##@ Tests
 .PHONY: test
 test: sync ## Everything: style, types, unit, integration, a few cells of the kill grid, e2e on a real local cluster.
-	$(MAKE) lint typecheck verify lint-chart test-unit
-	$(MAKE) --jobs 2 test-integration test-beside  # these mostly wait, for clusters of their own
+	$(MAKE) lint typecheck verify lint-chart test-unit cluster-up images
+	$(MAKE) --jobs 2 test-integration test-chaos-and-cluster  # side by side: both wait more than they compute
 	$(RUN) pytest tests/e2e --ignore tests/e2e/cluster $(PYTEST_ARGS)
 
-.PHONY: test-beside
-test-beside:
-	$(MAKE) chaos-smoke
-	$(MAKE) test-cluster
+.PHONY: test-chaos-and-cluster
+test-chaos-and-cluster:
+	$(MAKE) --jobs 1 chaos-smoke $(if $(filter local,$(CLUSTER)),test-cluster)
 
 .PHONY: test-unit
 test-unit: sync ## Pure code, in seconds.

@@ -1,4 +1,4 @@
-"""`make bench-gpu`: the references and this trainer in one run on two GPUs; prints and appends tables.
+"""`make bench-gpu`: the references and this trainer in one run on two GPUs, or one; prints, appends tables.
 
 Random weights of real shapes, made on the device. Every figure is one line of benchmarks/gpu.jsonl (date, commit,
 device, torch, name, value, unit, reference, reference_value) and one row of a dated table in benchmarks/results.md.
@@ -234,8 +234,11 @@ def main() -> int:
     import torch
 
     groups = options.groups.split(",")
-    if torch.cuda.device_count() < (1 if set(groups) <= set(ONE_GPU) else 2):
-        print(f"bench-gpu needs two CUDA GPUs; with one: --groups {','.join(ONE_GPU)}", file=sys.stderr)
+    if unknown := set(groups) - set(GROUPS):
+        parser.error(f"no groups: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
+    wanted, found = 1 if set(groups) <= set(ONE_GPU) else 2, torch.cuda.device_count()
+    if found < wanted:
+        print(f"needs {wanted} CUDA GPUs, found {found}; one is enough for {', '.join(ONE_GPU)}", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(options.folder or Path(temporary))

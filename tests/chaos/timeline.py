@@ -6,6 +6,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.chaos.verify import Steps, read_lines
@@ -13,8 +14,16 @@ from tests.chaos.verify import Steps, read_lines
 from qlora_trainer.control import Phase, read_worker_state
 
 
+@dataclass(frozen=True)
+class Fall:
+    """What a change of generation cost."""
+
+    steps_lost: int  # done, and to be done again
+    pod_left: bool  # of the generation before
+
+
 class Timeline:
-    """Fed by one thread (`look`) and the status (`members`); read when the run is over."""
+    """Fed by one thread (`look`) and the status (`members`)."""
 
     def __init__(self) -> None:
         self._seen: dict[int, dict[int, float]] = {}  # generation -> step -> when it was first seen done
@@ -63,40 +72,38 @@ class Timeline:
 
     def recoveries(self) -> list[float]:
         """Of each fault: seconds until a step was seen that nobody had done before it."""
-        first: dict[int, float] = {}
-        with self._lock:
-            for times in self._seen.values():
-                for step, moment in times.items():
-                    first[step] = min(moment, first.get(step, moment))
-        found = []
+        first, found = self._first_seen(), []
         for strike in self._strikes:
             done = max((step for step, moment in first.items() if moment <= strike), default=0)
             later = [moment for step, moment in first.items() if step > done]
             found += [min(later) - strike] if later else []
         return found
 
-    def steps_lost(self) -> int:
-        """Steps that were done and had to be done again, over all changes of generation."""
-        return sum(lost for lost, _ in self.falls())
-
-    def falls(self) -> list[tuple[int, bool]]:
-        """Of each change of generation: steps that had to be done again; whether a pod of the one before was left."""
+    def falls(self) -> list[Fall]:
+        """Of each change of generation. Members that nobody saw count as left: no lost step is excused unseen."""
+        with self._lock:
+            ends = [(number, min(times), max(times)) for number, times in sorted(self._seen.items()) if number]
         falls = []
-        for before, after in itertools.pairwise(sorted(self._seen)):
-            left = self._members.get(before, frozenset()) & self._members.get(after, frozenset())
-            falls.append((max(0, max(self._seen[before]) - min(self._seen[after])), bool(left)))
+        for (before, _, newest), (after, first, _) in itertools.pairwise(ends):
+            known = {before, after} <= self._members.keys()
+            pod_left = not known or bool(self._members[before] & self._members[after])
+            falls.append(Fall(max(0, newest - first), pod_left))
         return falls
 
-    def stalled_seconds(self, begin: float, end: float) -> float:
-        """How long steps did not come as they usually do: what exceeds three median gaps between new steps."""
+    def stalled_seconds(self, begin: float, end: float, usual: float) -> float:
+        """How long steps did not come as they usually do: of gaps above three usual ones, what exceeds one."""
+        seen = sorted(moment for moment in self._first_seen().values() if begin < moment < end)
+        gaps = [later - earlier for earlier, later in itertools.pairwise([begin, *seen, end])]
+        return sum(gap - usual for gap in gaps if gap > 3 * usual)
+
+    def _first_seen(self) -> dict[int, float]:
+        """When each step was first seen done."""
         first: dict[int, float] = {}
-        for times in self._seen.values():
-            for step, moment in times.items():
-                first[step] = min(moment, first.get(step, moment))
-        moments = [begin, *sorted(moment for moment in first.values() if begin < moment < end), end]
-        gaps = [later - earlier for earlier, later in itertools.pairwise(moments)]
-        usual = 3 * statistics.median(gaps)
-        return sum(max(0.0, gap - usual) for gap in gaps)
+        with self._lock:
+            for times in self._seen.values():
+                for step, moment in times.items():
+                    first[step] = min(moment, first.get(step, moment))
+        return first
 
     def step_seconds(self) -> float | None:
         """Median time of a step."""
@@ -112,7 +119,7 @@ class Timeline:
         done twice)."""
         typical = self.step_seconds() or 0.0
         found = []
-        ordered = sorted(self._seen)
+        ordered = sorted(number for number in self._seen if number)  # 0: a newcomer's rehearsal
         for before, after in itertools.pairwise(ordered):
             before_size, after_size = (len(self._members.get(number, ())) for number in (before, after))
             if after_size <= before_size or len(self._seen[after]) < 2:

@@ -69,6 +69,7 @@ class Reason(StrEnum):
     SILENT = "Silent"
     EVICTED = "Evicted"
     LOST_PEER = "LostPeer"
+    UNFIT_NODE = "UnfitNode"
     # failures: count
     WORKER_FAILED = "WorkerFailed"
     OUT_OF_MEMORY = "OutOfMemory"

@@ -4,7 +4,8 @@ The rules, first match wins (`RULES`):
 
 * an exit code that can't get better (bad spec, data, model, adapter) fails the run at once;
 * an end that was asked for (stopped, fenced, finished) is none;
-* ends that are nobody's fault (lost nodes, evictions, lost peers) are disruptions: free, counted apart;
+* ends that are not the run's fault (lost nodes, evictions, lost peers, a newcomer's GPU that is too small for what
+  others train) are disruptions: free, counted apart;
 * the same failure at another place a moment later belongs to the same incident;
 * the same reason at the same step for the third time fails the run: trying again would end the same way;
 * more than maxFailures within windowSeconds fail the run;
@@ -30,7 +31,7 @@ SAME_STEP_LIMIT = 3
 NODE_FAULT_LIMIT = 2
 INCIDENT_SECONDS = 15.0
 _KEPT_RECORDS = 64
-_AVOIDED_AT_ONCE = (Reason.SILENT, Reason.NODE_LOST, Reason.CORRUPT_BASE)
+_AVOIDED_AT_ONCE = (Reason.SILENT, Reason.NODE_LOST, Reason.CORRUPT_BASE, Reason.UNFIT_NODE)
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def forgive(status: QLoRAFinetuneStatus, now: datetime, avoid_seconds: float) ->
 
 
 def _avoid(status: QLoRAFinetuneStatus, verdict: Verdict, until: datetime) -> QLoRAFinetuneStatus:
-    """Nodes to keep away from if others are free: silent, corrupting, or at fault again and again.
+    """Nodes to keep away from if others are free: silent, corrupting, too small, or at fault again and again.
 
     Every further fault of an avoided node starts its time anew.
     """

@@ -127,6 +127,9 @@ def _failed_start(o: Observed, pod: Pod, settings: Settings) -> Ending | None:
     failed_newcomer = agent.report.state == AgentState.FAILED and not member
     if failed_newcomer and agent.failure.exit_code == ExitCode.STORAGE and pod.age < settings.blocked_seconds:
         return None  # it tries again by itself; `agents.troubles` tells
+    if failed_newcomer and agent.failure.exit_code == ExitCode.BAD_CONFIG and (step := agents.newest_progress(o).step):
+        message = f"{pod.name} on node {pod.node} cannot join what others train: {agent.failure.message}"
+        return Ending(pod.name, pod.node, Reason.UNFIT_NODE, message=message, step=step)
     node_fault = agent.failure.exit_code in NODE_FAULTS and agent.failure_generation == o.status.generation
     if failed_newcomer or (member and node_fault):
         return exits.of_termination(pod.name, pod.node, agent.failure)

@@ -19,9 +19,9 @@ NO_EVAL = {"evalFraction": 0.0}
 BFLOAT16 = {"computeDtype": "bfloat16", "storageDtype": "bfloat16"}
 
 
-def gpu_world(make_world: MakeWorld, name: str, cards: int = 2, **spec: Any) -> Any:
-    """One pod with a worker for each GPU."""
-    assert torch.cuda.device_count() >= cards, f"this test needs {cards} GPUs: run it on such a node"
+def gpu_world(make_world: MakeWorld, name: str, *, num_gpus: int = 2, **spec: Any) -> Any:
+    """One pod whose workers, at most `num_gpus`, have a GPU each."""
+    assert torch.cuda.device_count() >= num_gpus, f"this test needs {num_gpus} GPUs: run it on such a node"
     world = make_world(name, **{"dataset": NO_EVAL, **spec})
     world.device_type, world.one_pod = "cuda", True
     return world
@@ -56,7 +56,7 @@ def test_restarts_are_bit_equal(make_world: MakeWorld) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
 def test_8bit_optimizers_go_on_from_a_checkpoint(make_world: MakeWorld, optimizer: str) -> None:
     spec = {"training": {"optimizer": optimizer}, "lora": {"r": 64}, "quantization": BFLOAT16}
-    straight, broken = (gpu_world(make_world, name, 1, **spec) for name in ("straight", "broken"))
+    straight, broken = (gpu_world(make_world, name, num_gpus=1, **spec) for name in ("straight", "broken"))
     assert straight.run([0]) == [0]
     for _ in range(2):
         assert broken.run([0], Command.STOP) == [ExitCode.STOPPED]
@@ -67,8 +67,8 @@ def test_8bit_optimizers_go_on_from_a_checkpoint(make_world: MakeWorld, optimize
 
 
 def test_an_offloaded_base_trains_as_one_on_the_card(make_world: MakeWorld) -> None:
-    held = gpu_world(make_world, "held", 1, training={"maxSteps": 20})
-    offloaded = gpu_world(make_world, "offloaded", 1, training={"maxSteps": 20, "cpuOffload": True})
+    held = gpu_world(make_world, "held", num_gpus=1, training={"maxSteps": 20})
+    offloaded = gpu_world(make_world, "offloaded", num_gpus=1, training={"maxSteps": 20, "cpuOffload": True})
     assert held.run([0]) == [0] and offloaded.run([0]) == [0]
     torch.testing.assert_close(torch.tensor(losses(offloaded)), torch.tensor(losses(held)), rtol=1e-4, atol=0)
     waited = offloaded.state(0).metrics["gather_wait_seconds"]  # of one step, timed by events on the stream
@@ -77,7 +77,7 @@ def test_an_offloaded_base_trains_as_one_on_the_card(make_world: MakeWorld) -> N
 
 def test_a_run_with_evaluation_is_measured_and_merged(make_world: MakeWorld, tmp_path: Path) -> None:
     sections = {"dataset": {"evalFraction": 0.1}, "output": {"merge": True}, "quantization": BFLOAT16}
-    world = gpu_world(make_world, "one", 1, **sections)
+    world = gpu_world(make_world, "one", num_gpus=1, **sections)
     assert world.run([0]) == [0]
     figures = world.state(0).metrics
     for name in ("gpu_memory_bytes", "gpu_memory_steady_bytes", "gpu_memory_save_bytes", "flops_per_second"):

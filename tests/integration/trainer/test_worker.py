@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qlora_api.run import Command, ExitCode, TrainConfig
-from qlora_trainer import control, storage
+from qlora_trainer import control, session, storage
 from qlora_trainer.checkpoint import find_complete
 from qlora_trainer.control import Control, Phase, WorkerEnv
 from qlora_trainer.peers import ENV_PEERS
@@ -81,6 +81,22 @@ def test_every_measure_arrives(make_world: MakeWorld, entry: Any) -> None:
     by_length = {name: loss for name, loss in told.items() if name.startswith("eval_loss_to_")}
     assert by_length and by_length.items() <= state.metrics.items()
     assert min(by_length.values()) <= told["eval_loss_after"] <= max(by_length.values())
+
+
+def work_on_a_small_gpu(config: TrainConfig, env: WorkerEnv) -> None:
+    """A worker whose device has 64 MiB."""
+    session.smallest_gpu = lambda *_: 64 << 20
+    work(config, env)
+
+
+def test_a_run_that_fits_nowhere_ends_before_anything_is_quantized(make_world: MakeWorld) -> None:
+    world = make_world(elasticPolicy={"minNodes": 1, "maxNodes": 3})
+    world.entry = work_on_a_small_gpu
+    assert world.run([0]) == [ExitCode.BAD_CONFIG]
+    says = world.termination(0).message
+    assert says.startswith("even on maxNodes (3) x numProcPerNode (1) GPUs the run needs ")
+    assert "lower training.maxLength" in says
+    assert not (world.root / "cache" / "packed").exists()
 
 
 @pytest.fixture

@@ -159,6 +159,27 @@ def test_a_newcomer_that_fails_to_warm_up_is_replaced_and_counted() -> None:
     assert young.status.slots[1].incarnation == 0, "a broken start is no busy loop"
 
 
+def test_a_newcomer_that_is_too_small_for_what_others_train_costs_the_run_nothing() -> None:
+    status = training(P0, slots=[Slot(index=0), Slot(index=1)], progress=Progress(step=7, total_steps=9))
+    for number in range(5):
+        place = pod(1, number)
+        refused = agent(place, AgentState.FAILED, 0, termination=ended(ExitCode.BAD_CONFIG, step=0))
+        decision = decide(observed([P0, place], [running(P0), refused], status), SETTINGS)
+        assert decision.status.slots[1].incarnation == number + 1 and decision.status.members == status.members
+        assert decision.status.restarts.by_reason == {"UnfitNode": number + 1} and not decision.status.failures
+        assert decision.status.avoided_nodes == ["node-1"]
+        (told,) = (event.message for event in decision.events if event.reason == Reason.UNFIT_NODE)
+        assert told == f"r-1-{number} on node node-1 cannot join what others train: it broke"
+        status = decision.status
+
+
+def test_a_newcomer_that_is_too_small_for_a_run_that_nobody_has_trained_ends_it() -> None:
+    refused = agent(P1, AgentState.FAILED, 0, termination=ended(ExitCode.BAD_CONFIG, step=0))
+    start = training(generation=0, members=[], slots=[Slot(index=0), Slot(index=1)], conditions=[])
+    decision = decide(observed([P0, P1], [agent(P0, AgentState.READY), refused], start), SETTINGS)
+    assert decision.status.state == State.FAILED
+
+
 def test_a_container_restart_is_judged_once() -> None:
     restarted = replace(P0, restarts=1, exit=Exit(137, "OOMKilled"))
     agents = [agent(P0, AgentState.WARMING), running(P1)]

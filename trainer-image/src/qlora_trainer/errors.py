@@ -55,7 +55,7 @@ class CorruptBase(TrainerError):
 
 
 class FaultyNode(TrainerError):
-    """The node computes, remembers or transmits wrongly, or lacks what the run's other nodes have."""
+    """The node computes, remembers or transmits wrongly."""
 
     exit_code = ExitCode.FAULTY_NODE
     reason = Reason.FAULTY_NODE

@@ -16,10 +16,10 @@ from qlora_api.memory import pick_micro_batch
 from qlora_api.memory import plan as make_plan
 from qlora_api.run import TrainConfig
 from qlora_trainer import preflight
-from qlora_trainer.checkpoint import CheckpointWriter, find_newest
+from qlora_trainer.checkpoint import CheckpointWriter
 from qlora_trainer.control import WorkerEnv
 from qlora_trainer.data import BatchPlan, Sequences, build_sequences, hold_out
-from qlora_trainer.errors import BadConfig, FaultyNode
+from qlora_trainer.errors import BadConfig
 from qlora_trainer.group import Group, broadcast, device_of, gloo_group
 from qlora_trainer.loader import PackedModel, ensure_packed
 from qlora_trainer.model import TrainableModel, plan_for, smallest_gpu
@@ -82,14 +82,8 @@ class Session:
 def make_ready(config: TrainConfig, env: WorkerEnv) -> None:
     """What an agent does while warming: the node checked, the output within reach, all that a worker needs on disk."""
     preflight.check_node(env)
-    store, _ = open_output(config, env)
-    store.list("manifest")
-    try:
-        prepare(config, env)
-    except BadConfig as error:
-        if find_newest(store) is None:
-            raise
-        raise FaultyNode(f"the run has trained on other nodes, this one cannot join: {error}") from error
+    open_output(config, env)[0].list("manifest")
+    prepare(config, env)
 
 
 def prepare(config: TrainConfig, env: WorkerEnv) -> Prepared:
