@@ -65,7 +65,14 @@ verify: sync ## Fail when a generated file drifts from its source.
 
 ##@ Tests
 .PHONY: test
-test: lint typecheck verify lint-chart test-unit test-integration chaos-smoke test-e2e ## Everything: style, types, unit, integration, a few cells of the kill grid, e2e on a real local cluster.
+test: sync ## Everything: style, types, unit, integration, a few cells of the kill grid, e2e on a real local cluster.
+	$(MAKE) lint typecheck verify lint-chart test-unit cluster-up images
+	$(MAKE) --jobs 2 test-integration test-chaos-and-cluster  # side by side: both wait more than they compute
+	$(RUN) pytest tests/e2e --ignore tests/e2e/cluster $(PYTEST_ARGS)
+
+.PHONY: test-chaos-and-cluster
+test-chaos-and-cluster:
+	$(MAKE) --jobs 1 chaos-smoke $(if $(filter local,$(CLUSTER)),test-cluster)
 
 .PHONY: test-unit
 test-unit: sync ## Pure code, in seconds.
@@ -78,6 +85,10 @@ test-integration: sync ## Real API server, real S3 server, gloo processes.
 .PHONY: test-e2e
 test-e2e: cluster-up images ## The real cluster: every example, a killed node, bad input.
 	$(RUN) pytest tests/e2e $(PYTEST_ARGS)
+
+.PHONY: test-cluster
+test-cluster: cluster-up images ## The local cluster itself: names, killed and cut nodes, dead daemons.
+	$(RUN) pytest tests/e2e/cluster $(PYTEST_ARGS)
 
 .PHONY: test-gpu
 test-gpu: sync ## On a machine with GPUs: bytes, oracle, resume. CI has none.
