@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_trainer.attention import NAME, pick_attention
 from qlora_trainer.errors import BadConfig, BadModel, CorruptBase
+from qlora_trainer.groups import weight_of
 from qlora_trainer.loader import ensure_packed
 from qlora_trainer.model import build_model
-from qlora_trainer.ops import weight_of
 from qlora_trainer.skeleton import build_skeleton, group_linears, is_target
 from qlora_trainer.weights import read_header
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from qlora_api.types import LoraSpec
 from qlora_trainer.errors import BadConfig
+from qlora_trainer.groups import GroupSpec, weight_of
 from qlora_trainer.loader import PackedModel
 from qlora_trainer.lora import DoraLinear, Group, GroupPlan, QuantLinear
-from qlora_trainer.ops import GroupSpec, weight_of
 from qlora_trainer.sharding import gathered
 from qlora_trainer.skeleton import group_linears, is_target
 

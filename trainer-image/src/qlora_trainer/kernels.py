@@ -1,17 +1,24 @@
-"""Triton kernels: dequantization bit-identical to bitsandbytes, and dropout whose mask is a function of its seeds.
+"""Triton kernels: dequantization bit-identical to bitsandbytes, an adapter's gradients, dropout by its seeds.
 
 Rules: products and sums of scales are rounded one by one (no fused multiply-add), as in bitsandbytes' two kernels;
-sizes need not be multiples of anything.
+sums are added up in one order whatever the device does, so that a repeated step has the same bits.
 """
+
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlora_trainer.quant import BLOCK, BLOCK2, Tables
+from qlora_trainer.quant import BLOCK, BLOCK2, Delta, Tables
 
 _BYTES = 2048  # codes a program dequantizes: 4,096 elements, 64 scales
+_ROWS, _COLUMNS = 32, 128  # of the tile that a program dequantizes and adds an adapter's share to
+_PROGRAMS, _WIDTH = 128, 64  # of an adapter's gradients: programs, about, and columns of dy at a time
+
+Member = tuple[int, int, int, int]  # see adapter_gradients
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -38,21 +45,155 @@ def _dequantize(  # type: ignore[no-untyped-def] # a kernel's parameters have no
     tl.store(out + to, values.to(out.dtype.element_ty), mask=to < numel)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _dequantize_adapted(  # type: ignore[no-untyped-def]
+    codes, absmax, absmax2, mean, code4, code8, a, b, out, rows, columns, factor,
+    DOUBLE: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK2: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of weight + factor * B A; `columns` is a multiple of BLOCK."""
+    SCALES: tl.constexpr = COLUMNS // BLOCK
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    strip, known = tl.program_id(1), row < rows
+    block = (strip * SCALES + tl.arange(0, SCALES))[None, :]
+    at, inside = row * (columns // BLOCK) + block, known & (block < columns // BLOCK)
+    if DOUBLE:
+        fine = tl.load(code8 + tl.load(absmax + at, mask=inside, other=0).to(tl.int32))
+        scale = fine * tl.load(absmax2 + at // BLOCK2, mask=inside, other=0.0) + tl.load(mean)
+    else:
+        scale = tl.load(absmax + at, mask=inside, other=0.0)
+    pair = (strip * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2))[None, :]
+    byte = tl.load(codes + row * (columns // 2) + pair, mask=known & (pair < columns // 2), other=0).to(tl.int32)
+    high = tl.reshape(tl.load(code4 + (byte >> 4)), (ROWS, SCALES, BLOCK // 2)) * scale[:, :, None]
+    low = tl.reshape(tl.load(code4 + (byte & 15)), (ROWS, SCALES, BLOCK // 2)) * scale[:, :, None]
+    values = tl.reshape(tl.interleave(high, low), (ROWS, COLUMNS))
+    column, k = (strip * COLUMNS + tl.arange(0, COLUMNS))[None, :], tl.arange(0, PADDED)
+    left = tl.load(b + row * RANK + k[None, :], mask=known & (k < RANK)[None, :], other=0.0)
+    right = tl.load(a + k[:, None] * columns + column, mask=(k < RANK)[:, None] & (column < columns), other=0.0)
+    values += tl.dot(left, right) * factor
+    tl.store(out + row * columns + column, values.to(out.dtype.element_ty), mask=known & (column < columns))
+
+
 def dequantize_cuda(
-    codes: Tensor, absmax: Tensor, absmax2: Tensor, mean: Tensor, tables: Tables, double: bool, out: Tensor
+    codes: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor,
+    mean: Tensor,
+    tables: Tables,
+    double: bool,
+    out: Tensor,
+    delta: Delta | None = None,
 ) -> Tensor:
-    """Write the weight into the contiguous `out`; the byte ranges as in quant.Stored, all uint8 and aligned."""
+    """Write the weight, `delta` added, into the contiguous `out`; the byte ranges as in quant.Stored, all uint8."""
     assert out.is_contiguous()
     if double:
         absmax2, mean = absmax2.view(torch.float32), mean.view(torch.float32)
     else:
         absmax = absmax.view(torch.float32)
         absmax2 = mean = absmax  # not read
-    _dequantize[(triton.cdiv(codes.numel(), _BYTES),)](
-        codes, absmax, absmax2, mean, tables.code4, tables.code8, out, codes.numel(), out.numel(),
-        DOUBLE=double, BYTES=_BYTES, BLOCK=BLOCK, BLOCK2=BLOCK2, num_warps=4, enable_fp_fusion=False,
+    where = (codes, absmax, absmax2, mean, tables.code4, tables.code8)
+    if delta is None:
+        _dequantize[(triton.cdiv(codes.numel(), _BYTES),)](
+            *where, out, codes.numel(), out.numel(),
+            DOUBLE=double, BYTES=_BYTES, BLOCK=BLOCK, BLOCK2=BLOCK2, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+        return out
+    (rows, columns), rank = out.shape, delta.a.shape[0]
+    _dequantize_adapted[(triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))](
+        *where, delta.a, delta.b, out, rows, columns, delta.scale,
+        DOUBLE=double, RANK=rank, PADDED=_padded(rank), ROWS=_ROWS, COLUMNS=_COLUMNS, BLOCK=BLOCK, BLOCK2=BLOCK2,
+        num_warps=2,
     )  # fmt: skip
     return out
+
+
+def _padded(rank: int) -> int:
+    """The least size of a product's sides on tensor cores."""
+    return 1 << max(4, (rank - 1).bit_length())
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _adapter_gradients(  # type: ignore[no-untyped-def]
+    dy, dy_stride, b, xa, xa_stride, dxa_parts, db_parts, jobs, tokens, rows,
+    RANK: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: a job's columns of dy for TOKENS tokens; its share of dy B and, per COLUMNS, of dy^T xa."""
+    job, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first = tl.multiple_of(tl.load(jobs + job * 4), 16)
+    end = tl.multiple_of(tl.load(jobs + job * 4 + 1), 16)
+    shift = tl.multiple_of(tl.load(jobs + job * 4 + 2), 16)
+    token, k = (chunk * TOKENS + tl.arange(0, TOKENS))[:, None], tl.arange(0, PADDED)[None, :]
+    inside = (token < tokens) & (k < RANK)
+    left = tl.load(xa + token * xa_stride + tl.load(jobs + job * 4 + 3) + k, mask=inside, other=0.0)
+    total = tl.zeros((TOKENS, PADDED), tl.float32)
+    for start in tl.range(first, end, COLUMNS, num_stages=STAGES):
+        column = start + tl.arange(0, COLUMNS)
+        tile = tl.load(
+            dy + token * dy_stride + column[None, :], mask=(token < tokens) & (column < end)[None, :], other=0.0
+        )
+        at, known = (column - shift)[:, None] * RANK + k, (column < end)[:, None] & (k < RANK)
+        total = tl.dot(tile, tl.load(b + at, mask=known, other=0.0), total)
+        tl.store(db_parts + chunk * rows * RANK + at, tl.dot(tl.trans(tile), left), mask=known)
+    tl.store(dxa_parts + (job * tokens + token) * RANK + k, total, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_up(parts, out, count, size, stride, factor, RANK: tl.constexpr, ELEMENTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """out (size / RANK rows of RANK, `stride` apart) = factor * the sum of `count` parts of `size` elements."""
+    at = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
+    inside = at < size
+    total, part = tl.zeros((ELEMENTS,), tl.float32), parts + at
+    for _ in range(count):
+        total += tl.load(part, mask=inside, other=0.0)
+        part += size
+    to = out + (at // RANK).to(tl.int64) * stride + at % RANK
+    tl.store(to, (total * factor).to(out.dtype.element_ty), mask=inside)
+
+
+def adapter_gradients(
+    dy: Tensor, b: Tensor, xa: Tensor, members: Sequence[Member], scale: float, dxa: Tensor, db: Tensor
+) -> None:
+    """dxa = scale * dy B and dB = dy^T xa of the members that share an output, in one pass over dy.
+
+    dy (tokens, width), b (rows, rank), xa and dxa (tokens, adapters * rank), db (rows, rank) float32. A member is
+    (first column of dy, first row of b, number of both, first column of xa), all multiples of 16.
+    """
+    (tokens, _), (rows, rank) = dy.shape, b.shape
+    size = 512 if rank <= 16 else 256  # tokens of a program; more of them don't fit into shared memory
+    chunks = triton.cdiv(tokens, size)
+    jobs, counts = _jobs(tuple(members), max(1, _PROGRAMS // chunks), dy.device)
+    dxa_parts = torch.empty(sum(counts), tokens, rank, dtype=torch.float32, device=dy.device)
+    db_parts = torch.empty(chunks, rows, rank, dtype=torch.float32, device=dy.device)
+    _adapter_gradients[(sum(counts), chunks)](
+        dy, dy.stride(0), b, xa, xa.stride(0), dxa_parts, db_parts, jobs, tokens, rows,
+        RANK=rank, PADDED=_padded(rank), TOKENS=size, COLUMNS=_WIDTH, STAGES=3, num_warps=8,
+    )  # fmt: skip
+    first = 0
+    for (_, _, _, at), count in zip(members, counts, strict=True):
+        _sum(dxa_parts[first : first + count], dxa[:, at : at + rank], scale)
+        first += count
+    _sum(db_parts, db, 1.0)
+
+
+def _sum(parts: Tensor, out: Tensor, factor: float) -> None:
+    """out (n, rank) = factor * the sum of parts (count, n, rank) float32."""
+    size = out.numel()
+    _add_up[(triton.cdiv(size, 1024),)](
+        parts, out, len(parts), size, out.stride(0), factor, RANK=out.shape[1], ELEMENTS=1024
+    )
+
+
+@lru_cache(maxsize=256)
+def _jobs(members: tuple[Member, ...], limit: int, device: torch.device) -> tuple[Tensor, list[int]]:
+    """Columns of dy for every program, (jobs, 4) int32, and how many jobs each member has; about `limit` in all."""
+    each = triton.cdiv(sum(count for _, _, count, _ in members), limit)
+    step = triton.cdiv(each, _WIDTH) * _WIDTH
+    rows, counts = list[list[int]](), list[int]()
+    for column, row, count, at in members:
+        starts = range(column, column + count, step)
+        rows += [[start, min(start + step, column + count), column - row, at] for start in starts]
+        counts.append(len(starts))
+    return torch.tensor(rows, dtype=torch.int32, device=device), counts
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.ops import GroupSpec, linear, register, weight_of
+from qlora_trainer.groups import GroupSpec, register, weight_of
+from qlora_trainer.ops import linear
 from qlora_trainer.quant import Tables
 
 PEFT_PREFIX = "base_model.model."  # of every module's path in PEFT's names

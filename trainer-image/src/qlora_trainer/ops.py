@@ -2,125 +2,23 @@
 
 `qlora::linear` is a custom operator, so that torch.compile sees one opaque call and fuses everything around it. W is
 dequantized in the forward and again in the backward pass and is never kept. The low-rank factors come twice: `a`, `b`
-in the compute type for the products, `a_master`, `b_master` (float32) to receive the gradients.
+in the compute type for the products, `a_master`, `b_master` (float32) to receive the gradients. While it trains, the
+adapter's share is added to the dequantized weights where that moves less than adding it to every token's output
+(docs/decisions/0012); evaluation computes as PEFT does.
 
 Shapes: x (..., columns); W of the members stacked, (sum of rows, columns); A of the members with an adapter stacked,
 (adapters * rank, columns); B likewise, (sum of rows, rank); `xa` = scale * drop(x) A^T, (tokens, adapters * rank).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from qlora_trainer.quant import Scheme, Stored, Tables, dequantize
+from qlora_trainer.groups import GroupSpec, Part, spec_of, weights
+from qlora_trainer.quant import BLOCK
 
 recompute_skips_output = False  # set while a checkpoint recomputes: outputs that nobody saves need no product
-
-
-@dataclass(frozen=True)
-class Part:
-    """Where one adapted member's numbers are: output and its columns, rows of B, columns of xa."""
-
-    output: int
-    columns: slice
-    b_rows: slice
-    xa: slice
-
-
-@dataclass(frozen=True)
-class GroupSpec:
-    """What the operator has to know about a group; equal for the same linears of all layers."""
-
-    members: tuple[Stored, ...]
-    adapted: tuple[bool, ...]  # which members have an adapter
-    scheme: Scheme
-    rank: int
-    scale: float
-    dropout: float
-    last: bool = False  # nothing in the layer saves this group's output for its backward pass
-
-    @property
-    def rows(self) -> tuple[int, ...]:
-        return tuple(member.rows for member in self.members)
-
-    @property
-    def columns(self) -> int:
-        return self.members[0].columns
-
-    @property
-    def num_adapters(self) -> int:
-        return sum(self.adapted)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Columns of every output: one output for all members, or one each where they are wide.
-
-        Narrow members gain by one product; of wide ones (gate and up) the gradients would have to be put side by side.
-        """
-        return self.rows if min(self.rows) > self.columns else (sum(self.rows),)
-
-    def parts(self) -> list[Part]:
-        """Of every adapted member."""
-        separate = len(self.widths) == len(self.rows)
-        result, b_end = list[Part](), 0
-        for index, (rows, end, adapted) in enumerate(zip(self.rows, accumulate(self.rows), self.adapted, strict=True)):
-            if adapted:
-                xa = slice(len(result) * self.rank, (len(result) + 1) * self.rank)
-                output, columns = (index, slice(0, rows)) if separate else (0, slice(end - rows, end))
-                result.append(Part(output, columns, slice(b_end, b_end + rows), xa))
-                b_end += rows
-        return result
-
-
-_specs: list[tuple[GroupSpec, dict[torch.device, Tables], Tables]] = []
-
-
-def register(spec: GroupSpec, tables: Tables) -> int:
-    """The key under which the operator finds the spec: the same for equal specs."""
-    for key, (known, _, _) in enumerate(_specs):
-        if known == spec:
-            return key
-    _specs.append((spec, {}, tables))
-    return len(_specs) - 1
-
-
-def spec_of(key: int) -> GroupSpec:
-    return _specs[key][0]
-
-
-def _tables(key: int, device: torch.device) -> Tables:
-    _, by_device, tables = _specs[key]
-    if device not in by_device:
-        by_device[device] = tables.to(device)
-    return by_device[device]
-
-
-def weight_of(blob: Tensor, key: int, dtype: torch.dtype, members: slice = slice(None)) -> Tensor:
-    """The members' dequantized weights stacked, (sum of rows, columns), contiguous; unquantized ones are not copied."""
-    spec = spec_of(key)
-    stored = spec.members[members]
-    starts, ends = [s.codes[0] for s in stored], [s.end for s in stored]
-    if spec.scheme.type == "none" and spec.scheme.dtype == dtype and starts[1:] == ends[:-1]:
-        return blob[starts[0] : ends[-1]].view(dtype).view(-1, spec.columns)
-    weight = torch.empty(sum(s.rows for s in stored), spec.columns, dtype=dtype, device=blob.device)
-    tables = _tables(key, blob.device)
-    start = 0
-    for member in stored:
-        dequantize(blob, member, spec.scheme, tables, weight[start : start + member.rows])
-        start += member.rows
-    return weight
-
-
-def _weights(blob: Tensor, key: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The weight of every output, one at a time: no more than one of them needs memory."""
-    if len(spec_of(key).widths) == 1:
-        yield weight_of(blob, key, dtype)
-        return
-    for index in range(len(spec_of(key).members)):
-        yield weight_of(blob, key, dtype, slice(index, index + 1))
 
 
 @torch.library.custom_op("qlora::linear", mutates_args=())
@@ -140,20 +38,39 @@ def linear(
     flat = x.reshape(-1, spec.columns)
     xa = _low_rank_input(flat, a, seeds, spec, training)
     outputs = [flat.new_empty(flat.shape[0], width) for width in spec.widths]
-    if not (recompute_skips_output and spec.last):
-        _multiply(outputs, flat, _weights(blob, key, x.dtype), xa, b, spec)
+    if recompute_skips_output and spec.last:
+        pass
+    elif _adds_to_weights(spec, flat, training, spec.columns):
+        for y, weight in zip(outputs, weights(blob, key, x.dtype, (a, b)), strict=True):
+            torch.mm(flat, weight.t(), out=y)
+    else:
+        _multiply(outputs, flat, weights(blob, key, x.dtype), xa, b, spec)
     return [*(y.view(*x.shape[:-1], y.shape[1]) for y in outputs), xa]
 
 
+def _adds_to_weights(spec: GroupSpec, x: Tensor, training: bool, other: int) -> bool:
+    """Whether scale * B A is added to the weights: it moves rows * columns numbers instead of tokens * the outputs'.
+
+    `other`: the side of the weights that tokens take the place of. Where it was measured: Hopper, 16 bits.
+    """
+    fits = spec.scheme.type != "none" and spec.columns % BLOCK == 0 and spec.rank <= 64 and spec.num_adapters > 0
+    return fits and training and not spec.dropout and _on_hopper(x) and 2 * x.shape[0] >= other
+
+
+def _on_hopper(x: Tensor) -> bool:
+    """Whether the kernels whose tiles were chosen for Hopper (compute capability 9.0) serve."""
+    return x.is_cuda and x.dtype != torch.float32 and torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
 def _multiply(
-    outputs: list[Tensor], x: Tensor, weights: Iterator[Tensor], xa: Tensor, b: Tensor, spec: GroupSpec
+    outputs: list[Tensor], x: Tensor, unadapted: Iterator[Tensor], xa: Tensor, b: Tensor, spec: GroupSpec
 ) -> None:
     """outputs = x W^T + xa B^T; with adapters everywhere the thin products come first and the wide one adds to them."""
     thin_first = all(spec.adapted) and x.is_cuda
     if thin_first:
         for part in spec.parts():
             torch.mm(xa[:, part.xa], b[part.b_rows].t(), out=outputs[part.output][:, part.columns])
-    for y, weight in zip(outputs, weights, strict=True):
+    for y, weight in zip(outputs, unadapted, strict=True):
         y.addmm_(x, weight.t()) if thin_first else torch.mm(x, weight.t(), out=y)
     if not thin_first:
         for part in spec.parts():
@@ -185,21 +102,47 @@ def linear_backward(
     spec = spec_of(key)
     dys = [dy.reshape(-1, dy.shape[-1]) for dy in gradients]
     flat = x.reshape(-1, spec.columns)
-    dxa = torch.empty_like(xa)
-    db = torch.empty(b.shape, dtype=torch.float32, device=b.device)
-    for part in spec.parts():
-        dy = dys[part.output][:, part.columns]
-        torch.mm(dy, b[part.b_rows], out=dxa[:, part.xa])
-        db[part.b_rows] = _mm_float(dy.t(), xa[:, part.xa])
-    dxa *= spec.scale
+    dxa, db = _grad_b(dys, xa, b, spec)
     dropped = bool(spec.dropout and training)
     da = _grad_a(dxa, flat, a, seeds, spec, dropped) if need_a else a.new_empty(0, dtype=torch.float32)
     if not need_x:
         return x.new_empty(0), da, db
-    dx = _grad_x(dxa, flat, a, seeds, spec, dropped)
-    for dy, weight in zip(dys, _weights(blob, key, flat.dtype), strict=True):
-        dx.addmm_(dy, weight)
+    if _adds_to_weights(spec, flat, training, sum(spec.rows)):
+        dx, beta, factors = torch.empty_like(flat), 0, (a, b)
+    else:
+        dx, beta, factors = _grad_x(dxa, flat, a, seeds, spec, dropped), 1, None
+    for dy, weight in zip(dys, weights(blob, key, flat.dtype, factors), strict=True):
+        dx.addmm_(dy, weight, beta=beta)
+        beta = 1
     return dx.view(x.shape), da, db
+
+
+def _grad_b(dys: list[Tensor], xa: Tensor, b: Tensor, spec: GroupSpec) -> tuple[Tensor, Tensor]:
+    """(scale * dy B of every adapter side by side like xa, dB float32)."""
+    dxa, db = torch.empty_like(xa), torch.empty(b.shape, dtype=torch.float32, device=b.device)
+    for output, dy in enumerate(dys):
+        parts = [part for part in spec.parts() if part.output == output]
+        if parts and _one_pass(dy, parts, spec.rank):
+            from qlora_trainer.kernels import adapter_gradients
+
+            first, last = parts[0].b_rows.start, parts[-1].b_rows.stop
+            members = [
+                (p.columns.start, p.b_rows.start - first, p.columns.stop - p.columns.start, p.xa.start) for p in parts
+            ]
+            adapter_gradients(dy, b[first:last], xa, members, spec.scale, dxa, db[first:last])
+            continue
+        for part in parts:
+            mine = dy[:, part.columns]
+            torch.mm(mine, b[part.b_rows], out=dxa[:, part.xa]).mul_(spec.scale)
+            db[part.b_rows] = _mm_float(mine.t(), xa[:, part.xa])
+    return dxa, db
+
+
+def _one_pass(dy: Tensor, parts: list[Part], rank: int) -> bool:
+    """Whether the kernel that reads dy once serves."""
+    aligned = all(p.columns.start % 16 == p.columns.stop % 16 == p.b_rows.start % 16 == 0 for p in parts)
+    straight = dy.stride(1) == 1 and dy.stride(0) % 16 == 0
+    return _on_hopper(dy) and rank <= 32 and aligned and straight
 
 
 def _grad_x(dxa: Tensor, x: Tensor, a: Tensor, seeds: Tensor, spec: GroupSpec, dropped: bool) -> Tensor:

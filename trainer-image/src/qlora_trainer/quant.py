@@ -107,8 +107,25 @@ def read_tables(scheme: Scheme) -> Tables:
     return Tables(code4.float().contiguous(), functional.create_dynamic_map().float().contiguous())
 
 
-def dequantize(blob: Tensor, stored: Stored, scheme: Scheme, tables: Tables, out: Tensor) -> Tensor:
-    """Write the weight into `out` (rows, columns; contiguous, any floating type) and return it."""
+@dataclass(frozen=True)
+class Delta:
+    """scale * B A, (rows, columns), of a weight's adapter: a (rank, columns), b (rows, rank), contiguous."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def dequantize(
+    blob: Tensor, stored: Stored, scheme: Scheme, tables: Tables, out: Tensor, delta: Delta | None = None
+) -> Tensor:
+    """Write the weight into `out` (rows, columns; contiguous, any floating type) and return it.
+
+    `delta` is added in float32, before the one rounding.
+    """
+    if delta is not None and not (out.is_cuda and scheme.type != "none" and stored.columns % BLOCK == 0):
+        weight = dequantize(blob, stored, scheme, tables, torch.empty_like(out, dtype=torch.float32))
+        return out.copy_(weight.addmm_(delta.b.float(), delta.a.float(), alpha=delta.scale))
     if scheme.type == "none":
         return out.copy_(_range(blob, stored.codes).view(scheme.dtype).view(stored.rows, stored.columns))
     codes = _range(blob, stored.codes)
@@ -116,7 +133,7 @@ def dequantize(blob: Tensor, stored: Stored, scheme: Scheme, tables: Tables, out
         from qlora_trainer.kernels import dequantize_cuda
 
         absmax2, mean = _range(blob, stored.absmax2), _range(blob, stored.mean)
-        return dequantize_cuda(codes, _range(blob, stored.absmax), absmax2, mean, tables, scheme.double, out)
+        return dequantize_cuda(codes, _range(blob, stored.absmax), absmax2, mean, tables, scheme.double, out, delta)
     from bitsandbytes import functional as _  # noqa: F401 - registers the operator
 
     shape = (stored.rows, stored.columns)
