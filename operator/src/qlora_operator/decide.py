@@ -125,7 +125,7 @@ def _describe(o: Observed, status: QLoRAFinetuneStatus, plan: Plan, settings: Se
     if plan.too_few:
         missing = f"{len(found)} of at least {policy.min_nodes} nodes are ready"
         reason = trouble.reason if trouble and not spare else _waiting_reason(o, status)
-        return put(status, ConditionType.RUNNING, False, reason, f"{missing}{also}", o.now)
+        return put(status, ConditionType.RUNNING, False, reason, f"{missing}{also}{_avoiding(status)}", o.now)
     runs = any(
         agent.report.state == AgentState.RUNNING and agent.report.generation == status.generation
         for agent in o.agents
@@ -151,6 +151,12 @@ def _on_avoided(status: QLoRAFinetuneStatus) -> str:
     """Members on nodes at fault: the scheduler found no other room, and a run on a bad node is better than none."""
     nodes = sorted({member.node_name for member in status.members} & set(status.avoided_nodes))
     return f"; on {', '.join(nodes)} for want of other nodes, though avoided for faults" if nodes else ""
+
+
+def _avoiding(status: QLoRAFinetuneStatus) -> str:
+    """Where pods of a run that waits for nodes go last: all that is left may be at fault or too small."""
+    nodes = ", ".join(sorted(status.avoided_nodes))
+    return f"; avoided unless there is no other: {nodes} (the events say why)" if nodes else ""
 
 
 def _waiting_reason(o: Observed, status: QLoRAFinetuneStatus) -> Reason:

@@ -173,6 +173,15 @@ def test_a_newcomer_that_is_too_small_for_what_others_train_costs_the_run_nothin
         status = decision.status
 
 
+def test_a_run_that_waits_says_which_nodes_it_avoids() -> None:
+    small = agent(P1, AgentState.FAILED, 0, termination=ended(ExitCode.BAD_CONFIG, step=0))
+    status = training(P0, slots=[Slot(index=0), Slot(index=1)], progress=Progress(step=7, total_steps=9))
+    decision = decide(observed([P1], [small], status), SETTINGS)
+    running = conditions.find(decision.status, ConditionType.RUNNING)
+    assert running is not None and running.reason == Reason.TOO_FEW_NODES
+    assert "; avoided unless there is no other: node-1" in running.message
+
+
 def test_a_newcomer_that_is_too_small_for_a_run_that_nobody_has_trained_ends_it() -> None:
     refused = agent(P1, AgentState.FAILED, 0, termination=ended(ExitCode.BAD_CONFIG, step=0))
     start = training(generation=0, members=[], slots=[Slot(index=0), Slot(index=1)], conditions=[])
