@@ -6,11 +6,11 @@ import torch
 from qlora_trainer import ops
 from qlora_trainer.groups import GroupSpec, register
 from qlora_trainer.kernels import adapter_gradients
-from qlora_trainer.quant import Delta, Scheme, align, dequantize, place, quantize_into, read_tables
+from qlora_trainer.quant import LowRank, Scheme, align, dequantize, place, quantize_into, read_tables
 
 
-def random(*shape, gpu, scale=1.0, dtype=torch.bfloat16):
-    return (torch.randn(shape, device=gpu) * scale).to(dtype)
+def normal(*shape, gpu, scale=1.0):
+    return (torch.randn(shape, device=gpu) * scale).bfloat16()
 
 
 def error(value, truth):
@@ -24,34 +24,35 @@ def test_a_weight_gets_its_adapters_share_before_the_one_rounding(shape, rank, d
     scheme = Scheme("nf4", double, torch.bfloat16)
     stored, tables = place(scheme, *shape, 0), read_tables(scheme).to(gpu)
     blob = torch.zeros(align(stored.end), dtype=torch.uint8, device=gpu)
-    quantize_into(blob, stored, scheme, random(*shape, gpu=gpu, scale=0.02))
-    delta = Delta(random(rank, shape[1], gpu=gpu, scale=0.02), random(shape[0], rank, gpu=gpu, scale=0.02), 2.0)
+    quantize_into(blob, stored, scheme, normal(*shape, gpu=gpu, scale=0.02))
+    share = LowRank(normal(rank, shape[1], gpu=gpu, scale=0.02), normal(shape[0], rank, gpu=gpu, scale=0.02), 2.0)
     base = dequantize(blob, stored, scheme, tables, torch.empty(shape, device=gpu))
-    exact = base.double() + 2 * delta.b.double() @ delta.a.double()
-    out = dequantize(blob, stored, scheme, tables, torch.empty(shape, dtype=torch.bfloat16, device=gpu), delta)
+    exact = base.double() + 2 * share.b.double() @ share.a.double()
+    out = dequantize(blob, stored, scheme, tables, torch.empty(shape, dtype=torch.bfloat16, device=gpu), share)
     torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-7)
     assert (out != exact.bfloat16()).float().mean() < 1e-3  # a sum near the middle of two bfloat16
 
 
 @pytest.mark.parametrize("rank", [8, 16, 32])
 @pytest.mark.parametrize("tokens", [8192, 700])
-@pytest.mark.parametrize("rows", [(14336,), (4096, 1024, 1024), (48, 16)])
-def test_gradients_in_one_pass_are_those_of_two_products(rows, tokens, rank, gpu):
-    dy = random(tokens, sum(rows), gpu=gpu, scale=1e-3)
-    b, xa = random(sum(rows), rank, gpu=gpu), random(tokens, len(rows) * rank, gpu=gpu)
-    starts = [sum(rows[:i]) for i in range(len(rows))]
-    members = [(start, start, count, i * rank) for i, (start, count) in enumerate(zip(starts, rows, strict=True))]
+@pytest.mark.parametrize("gap", [0, 1024])
+@pytest.mark.parametrize("rows", [(14336,), (4096, 1024), (48, 16)])
+def test_gradients_in_one_pass_are_those_of_two_products(rows, gap, tokens, rank, gpu):
+    """`gap`: columns of dy before each member that belong to one without adapter."""
+    dy = normal(tokens, sum(rows) + gap * len(rows), gpu=gpu, scale=1e-3)
+    b, xa = normal(sum(rows), rank, gpu=gpu), normal(tokens, len(rows) * rank, gpu=gpu)
+    firsts = [sum(rows[:i]) for i in range(len(rows))]
+    members = [(firsts[i] + (i + 1) * gap, firsts[i], count, i * rank) for i, count in enumerate(rows)]
     results = []
     for _ in range(2):
         dxa, db = torch.empty_like(xa), torch.empty(b.shape, device=gpu)
         adapter_gradients(dy, b, xa, members, 2.0, dxa, db)
         results.append((dxa, db))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
-    for start, _, count, at in members:
-        mine = slice(start, start + count)
-        wanted = 2 * dy[:, mine].double() @ b[mine].double()
-        assert error(dxa[:, at : at + rank], wanted) < 2**-8
-        assert error(db[mine], dy[:, mine].double().t() @ xa[:, at : at + rank].double()) < 1e-5
+    for column, first, count, at in members:
+        mine, part = dy[:, column : column + count].double(), slice(first, first + count)
+        assert error(dxa[:, at : at + rank], 2 * mine @ b[part].double()) < 2**-8
+        assert error(db[part], mine.t() @ xa[:, at : at + rank].double()) < 1e-5
 
 
 @pytest.mark.parametrize("rows", [(4096, 1024, 1024), (4096,), (14336, 14336)])
@@ -66,11 +67,11 @@ def test_the_group_is_as_near_to_the_truth_either_way(rows, gpu, monkeypatch):
     tables, blob = read_tables(scheme), torch.zeros(end, dtype=torch.uint8, device=gpu)
     base = torch.empty(sum(rows), columns, device=gpu)
     for member, part in zip(members, base.split(rows), strict=True):
-        quantize_into(blob, member, scheme, random(member.rows, columns, gpu=gpu, scale=0.02))
+        quantize_into(blob, member, scheme, normal(member.rows, columns, gpu=gpu, scale=0.02))
         dequantize(blob, member, scheme, tables.to(gpu), part)
-    x = random(tokens, columns, gpu=gpu)
-    a = random(rank * len(rows), columns, gpu=gpu, scale=0.01)
-    b, dy = random(sum(rows), rank, gpu=gpu, scale=0.01), random(tokens, sum(rows), gpu=gpu, scale=1e-3)
+    x = normal(tokens, columns, gpu=gpu)
+    a = normal(rank * len(rows), columns, gpu=gpu, scale=0.01)
+    b, dy = normal(sum(rows), rank, gpu=gpu, scale=0.01), normal(tokens, sum(rows), gpu=gpu, scale=1e-3)
     truth = _truth(x, base, a, b, dy, rows, rank)
     measured = {}
     for added in (True, False):

@@ -178,13 +178,19 @@ def _loss_bytes(shapes: Shapes, tokens: int, item: int) -> int:
 
 
 def _backward_bytes(spec: QLoRAFinetuneSpec, shapes: Shapes, tokens: int, recomputed: int) -> int:
-    """Beside what is kept: a recomputed layer's activations, gradients in flight, one dequantized weight."""
+    """Beside what is kept: a recomputed layer's activations, gradients in flight, one dequantized weight.
+
+    Partial sums of an adapter's gradients (a share of 4 r / 512, or 4 r / 256 above r = 16, of dy's numbers) are freed
+    before the weight and its product come.
+    """
     item = ITEM_BYTES[spec.quantization.compute_dtype]
     gates = 2 if shapes.gated else 1
     weight = shapes.feed_forward * shapes.hidden * item
     if recomputed:  # its own activations are freed as fast as gradients of their size appear
         return activation_bytes(spec, shapes, tokens) + weight + 2 * tokens * shapes.hidden * item
-    return weight + tokens * (gates * shapes.feed_forward + 2 * shapes.hidden) * item
+    partial = tokens * shapes.feed_forward * spec.lora.r * 4 // (512 if spec.lora.r <= 16 else 256)
+    later = max(weight + tokens * shapes.hidden * item, partial if spec.lora.r <= 32 else 0)
+    return later + tokens * (gates * shapes.feed_forward + shapes.hidden) * item
 
 
 def host_items(spec: QLoRAFinetuneSpec, shapes: Shapes, base: Placement) -> dict[str, int]:

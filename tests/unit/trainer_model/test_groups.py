@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qlora_trainer import ops
-from qlora_trainer.groups import GroupSpec, register, weight_of, weights
+from qlora_trainer.groups import GroupSpec, output_weights, register, weight_of
 from qlora_trainer.quant import Scheme, align, dequantize, place, quantize_into, read_tables
 
 COLUMNS, RANK, SCALE = 128, 4, 2.0
@@ -40,7 +40,7 @@ def test_every_member_gets_its_own_adapters_share(rows, adapted, kind):
             left_a, left_b = left_a[RANK:], left_b[len(weight) :]
         wanted.append(weight)
     torch.testing.assert_close(weight_of(blob, key, torch.float32, factors=(a, b)), torch.cat(wanted))
-    torch.testing.assert_close(torch.cat([*weights(blob, key, torch.float32, (a, b))]), torch.cat(wanted))
+    torch.testing.assert_close(torch.cat([*output_weights(blob, key, torch.float32, (a, b))]), torch.cat(wanted))
     torch.testing.assert_close(weight_of(blob, key, torch.float32), torch.cat(base))
 
 

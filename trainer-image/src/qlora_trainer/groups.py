@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from qlora_trainer.quant import Delta, Scheme, Stored, Tables, dequantize
+from qlora_trainer.quant import LowRank, Scheme, Stored, Tables, dequantize
 
 Factors = tuple[Tensor, Tensor]  # a group's A and B, stacked, in the compute type
 
@@ -58,12 +58,12 @@ class GroupSpec:
         """
         return self.rows if min(self.rows) > self.columns else (sum(self.rows),)
 
-    def delta(self, member: int, a: Tensor, b: Tensor) -> Delta | None:
+    def share(self, member: int, a: Tensor, b: Tensor) -> LowRank | None:
         """What its adapter adds to a member's weight, from the group's factors; None without one."""
         if not self.adapted[member]:
             return None
         part = self.parts()[sum(self.adapted[:member])]
-        return Delta(a[part.xa], b[part.b_rows], self.scale)
+        return LowRank(a[part.xa], b[part.b_rows], self.scale)
 
     def parts(self) -> list[Part]:
         """Of every adapted member."""
@@ -119,12 +119,12 @@ def weight_of(
     start = 0
     for index, member in zip(members, stored, strict=True):
         out = weight[start : start + member.rows]
-        dequantize(blob, member, spec.scheme, tables, out, spec.delta(index, *factors) if factors else None)
+        dequantize(blob, member, spec.scheme, tables, out, spec.share(index, *factors) if factors else None)
         start += member.rows
     return weight
 
 
-def weights(blob: Tensor, key: int, dtype: torch.dtype, factors: Factors | None = None) -> Iterator[Tensor]:
+def output_weights(blob: Tensor, key: int, dtype: torch.dtype, factors: Factors | None = None) -> Iterator[Tensor]:
     """The weight of every output as `weight_of` gives it, one at a time: no more than one of them needs memory."""
     count = len(spec_of(key).members)
     if len(spec_of(key).widths) == 1:

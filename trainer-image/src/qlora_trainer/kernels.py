@@ -1,7 +1,8 @@
 """Triton kernels: dequantization bit-identical to bitsandbytes, an adapter's gradients, dropout by its seeds.
 
-Rules: products and sums of scales are rounded one by one (no fused multiply-add), as in bitsandbytes' two kernels;
-sums are added up in one order whatever the device does, so that a repeated step has the same bits.
+Rules: products and sums of scales are rounded one by one (no fused multiply-add), as in bitsandbytes' two kernels, but
+where an adapter's share is added: there the sum is rounded once. Sums over programs have one order, so that a repeated
+step has the same bits.
 """
 
 from collections.abc import Sequence
@@ -12,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlora_trainer.quant import BLOCK, BLOCK2, Delta, Tables
+from qlora_trainer.quant import BLOCK, BLOCK2, LowRank, Tables
 
 _BYTES = 2048  # codes a program dequantizes: 4,096 elements, 64 scales
 _ROWS, _COLUMNS = 32, 128  # of the tile that a program dequantizes and adds an adapter's share to
-_PROGRAMS, _WIDTH = 128, 64  # of an adapter's gradients: programs, about, and columns of dy at a time
+_PROGRAMS, _WIDTH = 128, 64  # of an adapter's gradients: about one program per multiprocessor; columns of dy at a time
 
 Member = tuple[int, int, int, int]  # see adapter_gradients
 
@@ -82,9 +83,12 @@ def dequantize_cuda(
     tables: Tables,
     double: bool,
     out: Tensor,
-    delta: Delta | None = None,
+    share: LowRank | None = None,
 ) -> Tensor:
-    """Write the weight, `delta` added, into the contiguous `out`; the byte ranges as in quant.Stored, all uint8."""
+    """Write the weight, `share` added, into the contiguous `out`; the byte ranges as in quant.Stored, all uint8.
+
+    With a share `out` has as many columns as fill whole blocks.
+    """
     assert out.is_contiguous()
     if double:
         absmax2, mean = absmax2.view(torch.float32), mean.view(torch.float32)
@@ -92,15 +96,16 @@ def dequantize_cuda(
         absmax = absmax.view(torch.float32)
         absmax2 = mean = absmax  # not read
     where = (codes, absmax, absmax2, mean, tables.code4, tables.code8)
-    if delta is None:
+    if share is None:
         _dequantize[(triton.cdiv(codes.numel(), _BYTES),)](
             *where, out, codes.numel(), out.numel(),
             DOUBLE=double, BYTES=_BYTES, BLOCK=BLOCK, BLOCK2=BLOCK2, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         return out
-    (rows, columns), rank = out.shape, delta.a.shape[0]
+    (rows, columns), rank = out.shape, share.a.shape[0]
+    assert columns % BLOCK == 0 and share.a.is_contiguous() and share.b.is_contiguous()
     _dequantize_adapted[(triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))](
-        *where, delta.a, delta.b, out, rows, columns, delta.scale,
+        *where, share.a, share.b, out, rows, columns, share.scale,
         DOUBLE=double, RANK=rank, PADDED=_padded(rank), ROWS=_ROWS, COLUMNS=_COLUMNS, BLOCK=BLOCK, BLOCK2=BLOCK2,
         num_warps=2,
     )  # fmt: skip
@@ -108,7 +113,7 @@ def dequantize_cuda(
 
 
 def _padded(rank: int) -> int:
-    """The least size of a product's sides on tensor cores."""
+    """The rank rounded up to a side of a product on tensor cores: a power of two, at least 16."""
     return 1 << max(4, (rank - 1).bit_length())
 
 
@@ -155,9 +160,11 @@ def adapter_gradients(
 ) -> None:
     """dxa = scale * dy B and dB = dy^T xa of the members that share an output, in one pass over dy.
 
-    dy (tokens, width), b (rows, rank), xa and dxa (tokens, adapters * rank), db (rows, rank) float32. A member is
-    (first column of dy, first row of b, number of both, first column of xa), all multiples of 16.
+    dy (tokens, width), b (rows, rank), xa and dxa (tokens, adapters * rank), db (rows, rank) float32; neighbours in a
+    row lie side by side, b and db are contiguous. A member is (first column of dy, first row of b, number of both,
+    first column of xa); all but the last are multiples of 16.
     """
+    assert b.is_contiguous() and db.is_contiguous() and dy.stride(1) == xa.stride(1) == dxa.stride(1) == 1
     (tokens, _), (rows, rank) = dy.shape, b.shape
     size = 512 if rank <= 16 else 256  # tokens of a program; more of them don't fit into shared memory
     chunks = triton.cdiv(tokens, size)
@@ -184,7 +191,7 @@ def _sum(parts: Tensor, out: Tensor, factor: float) -> None:
 
 
 @lru_cache(maxsize=256)
-def _jobs(members: tuple[Member, ...], limit: int, device: torch.device) -> tuple[Tensor, list[int]]:
+def _jobs(members: tuple[Member, ...], limit: int, device: torch.device) -> tuple[Tensor, tuple[int, ...]]:
     """Columns of dy for every program, (jobs, 4) int32, and how many jobs each member has; about `limit` in all."""
     each = triton.cdiv(sum(count for _, _, count, _ in members), limit)
     step = triton.cdiv(each, _WIDTH) * _WIDTH
@@ -193,7 +200,7 @@ def _jobs(members: tuple[Member, ...], limit: int, device: torch.device) -> tupl
         starts = range(column, column + count, step)
         rows += [[start, min(start + step, column + count), column - row, at] for start in starts]
         counts.append(len(starts))
-    return torch.tensor(rows, dtype=torch.int32, device=device), counts
+    return torch.tensor(rows, dtype=torch.int32, device=device), tuple(counts)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qlora_trainer.groups import GroupSpec, Part, spec_of, weights
-from qlora_trainer.quant import BLOCK
+from qlora_trainer.groups import GroupSpec, Part, output_weights, spec_of
+from qlora_trainer.quant import in_whole_blocks
 
 recompute_skips_output = False  # set while a checkpoint recomputes: outputs that nobody saves need no product
 
@@ -38,39 +38,39 @@ def linear(
     flat = x.reshape(-1, spec.columns)
     xa = _low_rank_input(flat, a, seeds, spec, training)
     outputs = [flat.new_empty(flat.shape[0], width) for width in spec.widths]
-    if recompute_skips_output and spec.last:
-        pass
-    elif _adds_to_weights(spec, flat, training, spec.columns):
-        for y, weight in zip(outputs, weights(blob, key, x.dtype, (a, b)), strict=True):
-            torch.mm(flat, weight.t(), out=y)
-    else:
-        _multiply(outputs, flat, weights(blob, key, x.dtype), xa, b, spec)
+    if not (recompute_skips_output and spec.last):
+        if _adds_to_weights(spec, flat, training, spec.columns):
+            for y, weight in zip(outputs, output_weights(blob, key, x.dtype, (a, b)), strict=True):
+                torch.mm(flat, weight.t(), out=y)
+        else:
+            _multiply(outputs, flat, output_weights(blob, key, x.dtype), xa, b, spec)
     return [*(y.view(*x.shape[:-1], y.shape[1]) for y in outputs), xa]
 
 
-def _adds_to_weights(spec: GroupSpec, x: Tensor, training: bool, other: int) -> bool:
-    """Whether scale * B A is added to the weights: it moves rows * columns numbers instead of tokens * the outputs'.
+def _adds_to_weights(spec: GroupSpec, x: Tensor, training: bool, replaced: int) -> bool:
+    """Whether scale * B A is added to the weights instead of its products to y or dx (docs/decisions/0012).
 
-    `other`: the side of the weights that tokens take the place of. Where it was measured: Hopper, 16 bits.
+    `replaced`: columns of the weights in the forward pass, their adapted rows in the backward pass. So many numbers of
+    weights are touched in place of as many tokens' numbers; one of the weights costs about half as much.
     """
-    fits = spec.scheme.type != "none" and spec.columns % BLOCK == 0 and spec.rank <= 64 and spec.num_adapters > 0
-    return fits and training and not spec.dropout and _on_hopper(x) and 2 * x.shape[0] >= other
+    fits = in_whole_blocks(spec.scheme, spec.columns) and spec.num_adapters > 0 and spec.rank <= 64
+    return fits and training and not spec.dropout and _on_hopper(x) and 2 * x.shape[0] >= replaced
 
 
 def _on_hopper(x: Tensor) -> bool:
-    """Whether the kernels whose tiles were chosen for Hopper (compute capability 9.0) serve."""
-    return x.is_cuda and x.dtype != torch.float32 and torch.cuda.get_device_capability(x.device) == (9, 0)
+    """Whether the kernels serve whose tiles were chosen, and that were measured, on Hopper in bfloat16."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) == (9, 0)
 
 
 def _multiply(
-    outputs: list[Tensor], x: Tensor, unadapted: Iterator[Tensor], xa: Tensor, b: Tensor, spec: GroupSpec
+    outputs: list[Tensor], x: Tensor, weights: Iterator[Tensor], xa: Tensor, b: Tensor, spec: GroupSpec
 ) -> None:
     """outputs = x W^T + xa B^T; with adapters everywhere the thin products come first and the wide one adds to them."""
     thin_first = all(spec.adapted) and x.is_cuda
     if thin_first:
         for part in spec.parts():
             torch.mm(xa[:, part.xa], b[part.b_rows].t(), out=outputs[part.output][:, part.columns])
-    for y, weight in zip(outputs, unadapted, strict=True):
+    for y, weight in zip(outputs, weights, strict=True):
         y.addmm_(x, weight.t()) if thin_first else torch.mm(x, weight.t(), out=y)
     if not thin_first:
         for part in spec.parts():
@@ -102,40 +102,43 @@ def linear_backward(
     spec = spec_of(key)
     dys = [dy.reshape(-1, dy.shape[-1]) for dy in gradients]
     flat = x.reshape(-1, spec.columns)
-    dxa, db = _grad_b(dys, xa, b, spec)
+    dxa, db = _thin_gradients(dys, xa, b, spec)
     dropped = bool(spec.dropout and training)
     da = _grad_a(dxa, flat, a, seeds, spec, dropped) if need_a else a.new_empty(0, dtype=torch.float32)
     if not need_x:
         return x.new_empty(0), da, db
-    if _adds_to_weights(spec, flat, training, sum(spec.rows)):
-        dx, beta, factors = torch.empty_like(flat), 0, (a, b)
+    if _adds_to_weights(spec, flat, training, b.shape[0]):
+        dx, beta, factors = flat.new_empty(flat.shape), 0, (a, b)
     else:
         dx, beta, factors = _grad_x(dxa, flat, a, seeds, spec, dropped), 1, None
-    for dy, weight in zip(dys, weights(blob, key, flat.dtype, factors), strict=True):
+    for dy, weight in zip(dys, output_weights(blob, key, flat.dtype, factors), strict=True):
         dx.addmm_(dy, weight, beta=beta)
         beta = 1
     return dx.view(x.shape), da, db
 
 
-def _grad_b(dys: list[Tensor], xa: Tensor, b: Tensor, spec: GroupSpec) -> tuple[Tensor, Tensor]:
-    """(scale * dy B of every adapter side by side like xa, dB float32)."""
+def _thin_gradients(dys: list[Tensor], xa: Tensor, b: Tensor, spec: GroupSpec) -> tuple[Tensor, Tensor]:
+    """(dxa = scale * dy B, side by side like xa; dB float32)."""
     dxa, db = torch.empty_like(xa), torch.empty(b.shape, dtype=torch.float32, device=b.device)
     for output, dy in enumerate(dys):
         parts = [part for part in spec.parts() if part.output == output]
         if parts and _one_pass(dy, parts, spec.rank):
-            from qlora_trainer.kernels import adapter_gradients
-
-            first, last = parts[0].b_rows.start, parts[-1].b_rows.stop
-            members = [
-                (p.columns.start, p.b_rows.start - first, p.columns.stop - p.columns.start, p.xa.start) for p in parts
-            ]
-            adapter_gradients(dy, b[first:last], xa, members, spec.scale, dxa, db[first:last])
-            continue
-        for part in parts:
-            mine = dy[:, part.columns]
-            torch.mm(mine, b[part.b_rows], out=dxa[:, part.xa]).mul_(spec.scale)
-            db[part.b_rows] = _mm_float(mine.t(), xa[:, part.xa])
+            _read_once(dy, xa, b, parts, spec.scale, dxa, db)
+        else:
+            for part in parts:
+                mine = dy[:, part.columns]
+                torch.mm(mine, b[part.b_rows], out=dxa[:, part.xa]).mul_(spec.scale)
+                db[part.b_rows] = _mm_float(mine.t(), xa[:, part.xa])
     return dxa, db
+
+
+def _read_once(dy: Tensor, xa: Tensor, b: Tensor, parts: list[Part], scale: float, dxa: Tensor, db: Tensor) -> None:
+    """The parts of one output, by the kernel."""
+    from qlora_trainer.kernels import adapter_gradients
+
+    first, last = parts[0].b_rows.start, parts[-1].b_rows.stop
+    members = [(p.columns.start, p.b_rows.start - first, p.columns.stop - p.columns.start, p.xa.start) for p in parts]
+    adapter_gradients(dy, b[first:last], xa, members, scale, dxa, db[first:last])
 
 
 def _one_pass(dy: Tensor, parts: list[Part], rank: int) -> bool:

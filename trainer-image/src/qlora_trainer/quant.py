@@ -108,7 +108,7 @@ def read_tables(scheme: Scheme) -> Tables:
 
 
 @dataclass(frozen=True)
-class Delta:
+class LowRank:
     """scale * B A, (rows, columns), of a weight's adapter: a (rank, columns), b (rows, rank), contiguous."""
 
     a: Tensor
@@ -117,15 +117,15 @@ class Delta:
 
 
 def dequantize(
-    blob: Tensor, stored: Stored, scheme: Scheme, tables: Tables, out: Tensor, delta: Delta | None = None
+    blob: Tensor, stored: Stored, scheme: Scheme, tables: Tables, out: Tensor, share: LowRank | None = None
 ) -> Tensor:
     """Write the weight into `out` (rows, columns; contiguous, any floating type) and return it.
 
-    `delta` is added in float32, before the one rounding.
+    `share` is added in float32, before the one rounding.
     """
-    if delta is not None and not (out.is_cuda and scheme.type != "none" and stored.columns % BLOCK == 0):
+    if share is not None and not (out.is_cuda and in_whole_blocks(scheme, stored.columns)):
         weight = dequantize(blob, stored, scheme, tables, torch.empty_like(out, dtype=torch.float32))
-        return out.copy_(weight.addmm_(delta.b.float(), delta.a.float(), alpha=delta.scale))
+        return out.copy_(weight.addmm_(share.b.float(), share.a.float(), alpha=share.scale))
     if scheme.type == "none":
         return out.copy_(_range(blob, stored.codes).view(scheme.dtype).view(stored.rows, stored.columns))
     codes = _range(blob, stored.codes)
@@ -133,7 +133,7 @@ def dequantize(
         from qlora_trainer.kernels import dequantize_cuda
 
         absmax2, mean = _range(blob, stored.absmax2), _range(blob, stored.mean)
-        return dequantize_cuda(codes, _range(blob, stored.absmax), absmax2, mean, tables, scheme.double, out, delta)
+        return dequantize_cuda(codes, _range(blob, stored.absmax), absmax2, mean, tables, scheme.double, out, share)
     from bitsandbytes import functional as _  # noqa: F401 - registers the operator
 
     shape = (stored.rows, stored.columns)
@@ -141,6 +141,11 @@ def dequantize(
         codes, scales(blob, stored, scheme, tables), BLOCK, scheme.type, shape, out.dtype
     )
     return out.copy_(weight)
+
+
+def in_whole_blocks(scheme: Scheme, columns: int) -> bool:
+    """Whether a row consists of whole blocks of 4-bit values, as the kernel that adds a low-rank share needs it."""
+    return scheme.type != "none" and columns % BLOCK == 0
 
 
 def scales(blob: Tensor, stored: Stored, scheme: Scheme, tables: Tables) -> Tensor:
