@@ -66,22 +66,11 @@ def run_ours(folder: Path, steps: int) -> tuple[list[float], list[float]]:
     return durations, losses
 
 
-def run_trl(folder: Path, steps: int) -> tuple[list[float], list[float]]:
-    from datasets import Dataset
-    from gpu_shapes import words_tokenizer
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+def trl_arguments(folder: Path, steps: int) -> Any:
+    """What SFTTrainer is told: the same steps as ours, on the CPU."""
+    from trl import SFTConfig
 
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.bfloat16)
-    ids = token_ids(steps, model.config.vocab_size).view(-1, LENGTH).tolist()
-    arguments = SFTConfig(
+    return SFTConfig(
         output_dir=str(folder / "reference"),
         per_device_train_batch_size=MICRO_BATCH,
         max_steps=steps,
@@ -98,6 +87,23 @@ def run_trl(folder: Path, steps: int) -> tuple[list[float], list[float]]:
         disable_tqdm=True,
         train_sampling_strategy="sequential",
     )
+
+
+def run_trl(folder: Path, steps: int) -> tuple[list[float], list[float]]:
+    from datasets import Dataset
+    from gpu_shapes import words_tokenizer
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+    from trl import SFTTrainer
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.bfloat16)
+    ids = token_ids(steps, model.config.vocab_size).view(-1, LENGTH).tolist()
     durations: list[float] = []
 
     class Clock(TrainerCallback):
@@ -110,7 +116,7 @@ def run_trl(folder: Path, steps: int) -> tuple[list[float], list[float]]:
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = SFTTrainer(
         model=model,
-        args=arguments,
+        args=trl_arguments(folder, steps),
         train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
         processing_class=words_tokenizer(),
         peft_config=lora,

@@ -38,17 +38,12 @@ def report(out: str, name: str, durations: list[float], first: float) -> None:
         print(json.dumps(result), flush=True)
 
 
-def run_hf(model_dir: str, out: str, steps: int, checkpointing: bool) -> None:
-    """TRL's SFTTrainer with peft and bitsandbytes, as PEFT's documentation of FSDP + QLoRA has it."""
-    import numpy as np
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+def hf_arguments(steps: int, checkpointing: bool) -> Any:
+    """What SFTTrainer is told under FSDP1 or FSDP2."""
+    from trl import SFTConfig
 
     reentrant = os.environ.get("FSDP_VERSION", "1") != "2"
-    arguments = SFTConfig(
+    return SFTConfig(
         output_dir=os.environ.get("TMPDIR", "/tmp") + "/reference",
         per_device_train_batch_size=MICRO_BATCH,
         max_steps=steps,
@@ -67,6 +62,18 @@ def run_hf(model_dir: str, out: str, steps: int, checkpointing: bool) -> None:
         dataset_kwargs={"skip_prepare_dataset": True},
         disable_tqdm=True,
     )
+
+
+def run_hf(model_dir: str, out: str, steps: int, checkpointing: bool) -> None:
+    """TRL's SFTTrainer with peft and bitsandbytes, as PEFT's documentation of FSDP + QLoRA has it."""
+    import numpy as np
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+    from trl import SFTTrainer
+
+    arguments = hf_arguments(steps, checkpointing)  # before the model: it joins the group that loading asks for
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     ids = np.random.default_rng(0).integers(4, 100_000, size=(steps * MICRO_BATCH * world_size + 8, LENGTH))
     quantization = BitsAndBytesConfig(

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from gpu_shapes import RandomPacked, random_packed, train_config
 from torch.distributed.device_mesh import init_device_mesh
 
-from qlora_trainer.loader import ensure_packed
+from qlora_api.run import TrainConfig
+from qlora_trainer.loader import PackedModel, ensure_packed
 from qlora_trainer.model import TrainableModel, build_model
 from qlora_trainer.optim import Optimizer
 from qlora_trainer.peers import ENV_PEERS
@@ -77,20 +78,25 @@ def step(model: TrainableModel, optimizer: Optimizer, case: dict[str, Any], numb
 
 
 def run_case(case: dict[str, Any], peak: Peak) -> dict[str, Any]:
+    """Build the case's model, train it for its steps; what was measured, under this rank."""
     result: dict[str, Any] = {"name": case["name"], "rank": RANK, "world_size": WORLD_SIZE}
-    config = train_config(**case.get("sections", {}))
     result |= {"imported_s": round(IMPORTED, 2), "ready_s": round(time.time() - T0, 2)}
-    begun = time.time()
+    config = train_config(**case.get("sections", {}))
     peak.gib = 0.0
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    if "model_dir" in case:
-        base = Source(path=Path(case["model_dir"]), files=[], digest=case["model_dir"])  # hashing is not measured
-        packed = ensure_packed(config, base, Path(case["cache_dir"]), DEVICE)
-    else:
-        quantization = config.spec.quantization
-        scheme = Scheme(quantization.type, quantization.double_quant, torch.bfloat16)
-        packed = random_packed(case["size"], scheme, DEVICE, case.get("num_layers"))
+    model, shared, loaded = load(case, config, peak)
+    optimizer = Optimizer(config, model.adapter, WORLD_SIZE)
+    result |= loaded | train(case, model, optimizer, shared) | {"host_peak_gib": round(peak.gib, 2)}
+    if case.get("profile"):
+        result["profile"] = profile(lambda: step(model, optimizer, case, 999))
+    return result
+
+
+def load(case: dict[str, Any], config: TrainConfig, peak: Peak) -> tuple[TrainableModel, int, dict[str, Any]]:
+    """The case's model, bytes of it that torch does not count, and what loading took."""
+    begun = time.time()
+    packed = packed_of(case, config)
     mesh = init_device_mesh(DEVICE.type, (WORLD_SIZE,)) if WORLD_SIZE > 1 or case.get("mesh") else None
     os.environ[ENV_PEERS] = case.get("peers", "1")
     model = build_model(config, packed, mesh, DEVICE, case["micro_batch"])
@@ -99,9 +105,8 @@ def run_case(case: dict[str, Any], peak: Peak) -> dict[str, Any]:
     synchronize()
     peers = peers_of(model.layers[0])
     shared = peers.base.uncounted_bytes if peers is not None else 0
-    result["peers"] = peers is not None
     plan = model.plan
-    result |= {"plan_gib": round(plan.gpu_bytes / GIB, 3), "sharding": plan.sharding}
+    result = {"peers": peers is not None, "plan_gib": round(plan.gpu_bytes / GIB, 3), "sharding": plan.sharding}
     result["plan"] = {item: round(size / GIB, 3) for item, size in plan.gpu.items()}
     result |= {"load_s": round(time.time() - begun, 2), "host_gib": round(peak.gib, 2)}
     if CUDA:
@@ -111,10 +116,25 @@ def run_case(case: dict[str, Any], peak: Peak) -> dict[str, Any]:
         begun = time.time()
         model.verify()
         result["verify_s"] = round(time.time() - begun, 2)
-    optimizer = Optimizer(config, model.adapter, WORLD_SIZE)
+    return model, shared, result
+
+
+def packed_of(case: dict[str, Any], config: TrainConfig) -> PackedModel:
+    """The case's base: of a checkpoint on disk, or drawn bytes of a shape."""
+    if "model_dir" in case:
+        base = Source(path=Path(case["model_dir"]), files=[], digest=case["model_dir"])  # hashing is not measured
+        return ensure_packed(config, base, Path(case["cache_dir"]), DEVICE)
+    quantization = config.spec.quantization
+    scheme = Scheme(quantization.type, quantization.double_quant, torch.bfloat16)
+    return random_packed(case["size"], scheme, DEVICE, case.get("num_layers"))
+
+
+def train(case: dict[str, Any], model: TrainableModel, optimizer: Optimizer, shared: int) -> dict[str, Any]:
+    """The case's steps: the first one, the median of the warm ones, memory."""
     begun = time.time()
-    first = step(model, optimizer, case, 0)
+    first = last = step(model, optimizer, case, 0)
     synchronize()
+    result: dict[str, Any] = {}
     if CUDA:
         result["first_peak_gib"] = round((torch.cuda.max_memory_allocated() + shared) / GIB, 2)
     result |= {"first_step_s": round(time.time() - begun, 2), "start_s": round(time.time() - T0, 2)}
@@ -131,12 +151,9 @@ def run_case(case: dict[str, Any], peak: Peak) -> dict[str, Any]:
     tokens = case["micro_batch"] * case["length"]
     result |= {"step_s": round(median, 4), "min_s": round(steady[0], 4), "tok_s": round(tokens / median, 1)}
     result |= {"loss": round(first, 4), "last_loss": round(last, 4), "host_steady_gib": round(anonymous_gib(), 2)}
-    result["host_peak_gib"] = round(peak.gib, 2)
     if CUDA:
         result["peak_gib"] = round((torch.cuda.max_memory_allocated() + shared) / GIB, 3)
         result["reserved_gib"] = round((torch.cuda.max_memory_reserved() + shared) / GIB, 3)
-    if case.get("profile"):
-        result["profile"] = profile(lambda: step(model, optimizer, case, 999))
     return result
 
 
