@@ -17,13 +17,14 @@ _CONTROLLERS = ("cpu", "cpuset", "memory", "pids", "io", "hugetlb")
 def _hierarchies() -> list[Path]:
     if (_ROOT / "cgroup.controllers").exists():
         return [_ROOT]
-    # `unified` is the hybrid mode's v2 tree without controllers
-    return [path for path in _ROOT.iterdir() if path.is_dir() and not path.is_symlink() and path.name != "unified"]
+    return [path for path in _ROOT.iterdir() if path.is_dir() and not path.is_symlink()]
 
 
 def make(cluster: Cluster, node: str) -> None:
     """The node's cgroup in every hierarchy."""
     for hierarchy in _hierarchies():
+        if hierarchy.name == "unified":
+            continue  # the hybrid mode's v2 tree has no controllers, so no kubelet asks for it; runc joins it by itself
         parent = hierarchy
         for name in (cluster.cgroup, node):
             _hand_down(parent)

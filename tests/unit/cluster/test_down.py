@@ -41,3 +41,15 @@ def test_down_keeps(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> Non
     lifecycle.down(cluster, keep=True)
     assert "qlora-demo (4.0 MB) stay for the next up" in capsys.readouterr().err
     assert (cluster.dir / "s3" / "data" / "qlora-demo_1.dat").exists()
+
+
+def test_groups_of_every_hierarchy_go(monkeypatch, tmp_path):
+    """Also of `unified`, which only the container runtime uses; other clusters' stay."""
+    monkeypatch.setattr(cgroups, "_ROOT", tmp_path)
+    cluster = settings.Cluster("mine", 3)
+    for hierarchy in ("memory", "unified"):
+        for name in (cluster.cgroup, "qlora-other"):
+            (tmp_path / hierarchy / name / "node1" / "kubepods" / "pod1").mkdir(parents=True)
+    assert len(cgroups.left(cluster)) == 8
+    cgroups.remove(cluster)
+    assert not cgroups.left(cluster) and len(list(tmp_path.rglob("pod1"))) == 2
