@@ -116,8 +116,8 @@ bench: sync ## CPU: tokens a second and memory against TRL's SFTTrainer; ends wi
 	$(RUN) python benchmarks/bench_cpu.py
 
 .PHONY: bench-gpu
-bench-gpu: ## Two GPUs: the table of benchmarks/results.md, references and ours in one run.
-	python3 benchmarks/bench_gpu.py
+bench-gpu: sync ## Two GPUs: the table of benchmarks/results.md, references and ours in one run.
+	$(RUN) python benchmarks/bench_gpu.py
 
 ##@ Cluster
 .PHONY: cluster-up

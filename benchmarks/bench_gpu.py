@@ -238,7 +238,9 @@ def main() -> int:
         parser.error(f"no groups: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
     wanted, found = 1 if set(groups) <= set(ONE_GPU) else 2, torch.cuda.device_count()
     if found < wanted:
-        print(f"needs {wanted} CUDA GPUs, found {found}; one is enough for {', '.join(ONE_GPU)}", file=sys.stderr)
+        print(
+            f"needs {wanted} CUDA GPUs, found {found}; one is enough for --groups {','.join(ONE_GPU)}", file=sys.stderr
+        )
         return 2
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(options.folder or Path(temporary))

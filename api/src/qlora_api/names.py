@@ -61,6 +61,7 @@ class Reason(StrEnum):
     MEMBERS_CHANGED = "MembersChanged"
     NODE_AVOIDED = "NodeAvoided"
     NODE_FORGIVEN = "NodeForgiven"
+    FEW_STEPS = "FewSteps"
     STRAGGLER = "Straggler"
     STRAGGLER_RECOVERED = "StragglerRecovered"
     # disruptions: free

@@ -26,6 +26,7 @@ from qlora_operator.membership import Phase, Plan
 from qlora_operator.settings import Settings
 from qlora_operator.state import Action, ApplyObject, CreatePod, Decision, DeleteRun, Event, Observed, Pod
 
+FEW_STEPS = 5  # a run of fewer is told so
 SOONEST = 0.05
 
 
@@ -242,6 +243,16 @@ def _wind_down(o: Observed, settings: Settings) -> Decision:
     return Decision(status, _answer(status, status.generation, Command.STOP), actions, (), requeue)
 
 
+def _few_steps(o: Observed, new: QLoRAFinetuneStatus) -> tuple[Event, ...]:
+    """Told once, when the trainer has counted the samples: a run so short that nobody can have meant it."""
+    total = new.progress.total_steps
+    meant = o.run.spec.training.max_steps is not None
+    if meant or o.status.progress.total_steps or not 0 < total < FEW_STEPS:
+        return ()
+    advice = "raise training.epochs or lower training.globalBatchSize if it is to learn more"
+    return (Event(Reason.FEW_STEPS, f"{total} optimizer steps in all: {advice}", "Warning"),)
+
+
 def _answer(status: QLoRAFinetuneStatus, prepare: int, command: Command) -> Membership:
     return Membership(generation=status.generation, members=status.members, prepare=prepare, command=command)
 
@@ -264,5 +275,5 @@ def _finish(before: Observed, decision: Decision, settings: Settings) -> Decisio
     if kept == old and new != old and old.progress_time is not None:
         left = settings.status_interval_seconds - (before.now - old.progress_time).total_seconds()
         new, requeue = (old, min(requeue, max(left, SOONEST))) if left > 0 else (new, requeue)
-    events = (*decision.events, *conditions.events_between(old, new))
+    events = (*decision.events, *conditions.events_between(old, new), *_few_steps(before, new))
     return replace(decision, status=new, events=events, requeue_after=requeue)

@@ -37,8 +37,8 @@ def pod(index: int, incarnation: int = 0, **fields: Any) -> Pod:
 
 def agent(of: Pod, state: AgentState, generation: int = 0, **fields: Any) -> Agent:
     clock = {key: fields.pop(key) for key in ("age", "dropped", "state_age") if key in fields}
-    step, termination = fields.pop("step", None), fields.get("termination")
-    progress = None if step is None else Progress(step=step, total_steps=100)
+    step, total, termination = fields.pop("step", None), fields.pop("total", 100), fields.get("termination")
+    progress = None if step is None else Progress(step=step, total_steps=total)
     known = {"known_generation": generation, "progress": progress, **fields}
     report = Report(address="10.0.0.1", state=state, generation=generation, **known)
     return Agent(of.name, of.uid, report, failure=termination, failure_generation=generation, **clock)

@@ -173,6 +173,15 @@ def test_a_newcomer_that_is_too_small_for_what_others_train_costs_the_run_nothin
         status = decision.status
 
 
+@pytest.mark.parametrize(("total", "max_steps", "told"), [(1, None, 1), (4, None, 1), (5, None, 0), (1, 1, 0)])
+def test_a_run_that_is_too_short_to_be_meant_is_told_once(total: int, max_steps: int | None, told: int) -> None:
+    o = observed([P0], [running(P0, step=1, total=total)], training(P0), {"training": {"maxSteps": max_steps}})
+    first = decide(o, SETTINGS)
+    again = decide(replace(o, status=first.status), SETTINGS)
+    events = [event for decision in (first, again) for event in decision.events if event.reason == Reason.FEW_STEPS]
+    assert [event.kind for event in events] == ["Warning"] * told
+
+
 def test_a_run_that_waits_says_which_nodes_it_avoids() -> None:
     small = agent(P1, AgentState.FAILED, 0, termination=ended(ExitCode.BAD_CONFIG, step=0))
     status = training(P0, slots=[Slot(index=0), Slot(index=1)], progress=Progress(step=7, total_steps=9))

@@ -137,6 +137,7 @@ def test_rows_of_every_kind_of_file(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl:2: not JSON"),
         ("a.jsonl", b'{"text": "x', r"a.jsonl:1: not JSON \(\w+ string starting at column 10\): write one object a"),
         ("a.jsonl", b'{"text": "x\ty"}\n', r"a.jsonl:1: not JSON \(Invalid control character at column 12\)"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}\n{"text": "y"}\n', r"a.jsonl:1: not JSON \(.* at column 31\)"),
         ("b.json", b'[{"text": "x}]', r"b.json:1: not JSON \(\w+ string starting at column 11\)"),
         ("a.jsonl", b'{"text": "x"}\n["y"]\n', "a.jsonl:2: a list instead of an object"),
         ("a.jsonl", b'{"text": "\xff"}\n', "not UTF-8"),

@@ -40,7 +40,7 @@ def _json_lines(path: Path, name: str) -> Iterator[Row]:
 
 def _object(line: str, name: str, number: int) -> dict[str, Any]:
     try:
-        values = json.loads(line)
+        values = json.loads(line.rstrip())  # without its end: json would count that as a line of its own
     except json.JSONDecodeError as error:
         raise BadData(f"{name}:{number}: not JSON ({_what(error)}): write one object a line") from None
     if not isinstance(values, dict):
