@@ -250,7 +250,7 @@ def _few_steps(o: Observed, new: QLoRAFinetuneStatus) -> tuple[Event, ...]:
     if meant or o.status.progress.total_steps or not 0 < total < FEW_STEPS:
         return ()
     advice = "raise training.epochs or lower training.globalBatchSize if it is to learn more"
-    return (Event(Reason.FEW_STEPS, f"{total} optimizer steps in all: {advice}", "Warning"),)
+    return (Event(Reason.FEW_STEPS, f"{total} optimizer step{'s' * (total > 1)} in all: {advice}", "Warning"),)
 
 
 def _answer(status: QLoRAFinetuneStatus, prepare: int, command: Command) -> Membership:
