@@ -29,17 +29,9 @@ def ensure(cluster: Cluster, timing: Timing, only_api: bool) -> int:
         except BaseException:
             namespaces.kill(outer)  # half a machine would pass for a running one
             raise
-    core = {"etcd": _etcd(cluster), "kube-apiserver": _api_server(cluster, timing)}
-
-    def ready() -> bool:
-        if api_ready(cluster):
-            return True
-        _start(cluster, outer, core)  # again: one that was killed a moment ago passed for running until now
-        return False
-
-    started = _start(cluster, outer, core)
+    started = _start(cluster, outer, {"etcd": _etcd(cluster), "kube-apiserver": _api_server(cluster, timing)})
     with step("API server ready") if started else step("API server checked"):
-        wait_for("API server", ready, 60, poll=0.2)
+        wait_for("API server", lambda: api_ready(cluster), 60)
     if not only_api:
         # only now: the controller manager exits when it comes before the bootstrap of RBAC
         _start(cluster, outer, _controllers(cluster, timing))

@@ -71,7 +71,11 @@ def run(pid: int, *command: str, check: bool = True) -> subprocess.CompletedProc
 
 
 def runs(pid: int, words: str) -> bool:
-    """Whether a process in there (not in nested ones) has these words in its command line."""
+    """Whether a process in there (not in nested ones) has these words in its command line.
+
+    Waits for the end of those that were killed: until then they look alive and hold their ports.
+    """
+    wait_for("the end of killed processes", lambda: not any(_is_killed(member) for member in members(pid)), 30)
     return any(f" {words} " in f" {line} " for line in members(pid).values())
 
 
@@ -130,6 +134,16 @@ def _is_first(pid: int) -> bool:
         return False
     line = next(line for line in status.splitlines() if line.startswith("NSpid:"))
     return line.split()[-1] == "1"
+
+
+def _is_killed(pid: int) -> bool:
+    """Whether SIGKILL is on its way to the process: true from the signal until nothing is left of it."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    pending = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return any(signals >> (signal.SIGKILL - 1) & 1 for signals in pending)
 
 
 def _started(pid: int) -> str | None:
