@@ -6,6 +6,7 @@ one product and never kept.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -62,9 +63,10 @@ class GroupSpec:
         """What its adapter adds to a member's weight, from the group's factors; None without one."""
         if not self.adapted[member]:
             return None
-        part = self.parts()[sum(self.adapted[:member])]
+        part = self.parts[sum(self.adapted[:member])]
         return LowRank(a[part.xa], b[part.b_rows], self.scale)
 
+    @cached_property
     def parts(self) -> list[Part]:
         """Of every adapted member."""
         separate = len(self.widths) == len(self.rows)
@@ -126,9 +128,9 @@ def weight_of(
 
 def output_weights(blob: Tensor, key: int, dtype: torch.dtype, factors: Factors | None = None) -> Iterator[Tensor]:
     """The weight of every output as `weight_of` gives it, one at a time: no more than one of them needs memory."""
-    count = len(spec_of(key).members)
-    if len(spec_of(key).widths) == 1:
-        yield weight_of(blob, key, dtype, range(count), factors)
+    spec = spec_of(key)
+    if len(spec.widths) == 1:
+        yield weight_of(blob, key, dtype, factors=factors)
         return
-    for index in range(count):
+    for index in range(len(spec.members)):
         yield weight_of(blob, key, dtype, range(index, index + 1), factors)

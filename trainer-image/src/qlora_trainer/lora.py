@@ -166,7 +166,7 @@ class Adapter:
 
     def _name(self, group: Group, a: Tensor, a_grad: Tensor, b: Tensor, b_grad: Tensor) -> None:
         names = [name for name, adapted in zip(group.plan.names, group.plan.spec.adapted, strict=True) if adapted]
-        for name, part in zip(names, group.plan.spec.parts(), strict=True):
+        for name, part in zip(names, group.plan.spec.parts, strict=True):
             path = f"{PEFT_PREFIX}{group.plan.path}.{name}"
             rows, k = part.b_rows, part.xa
             if self.freeze_a:

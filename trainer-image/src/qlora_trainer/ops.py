@@ -68,12 +68,12 @@ def _multiply(
     """outputs = x W^T + xa B^T; with adapters everywhere the thin products come first and the wide one adds to them."""
     thin_first = all(spec.adapted) and x.is_cuda
     if thin_first:
-        for part in spec.parts():
+        for part in spec.parts:
             torch.mm(xa[:, part.xa], b[part.b_rows].t(), out=outputs[part.output][:, part.columns])
     for y, weight in zip(outputs, weights, strict=True):
         y.addmm_(x, weight.t()) if thin_first else torch.mm(x, weight.t(), out=y)
     if not thin_first:
-        for part in spec.parts():
+        for part in spec.parts:
             outputs[part.output][:, part.columns].addmm_(xa[:, part.xa], b[part.b_rows].t())
 
 
@@ -121,7 +121,7 @@ def _thin_gradients(dys: list[Tensor], xa: Tensor, b: Tensor, spec: GroupSpec) -
     """(dxa = scale * dy B, side by side like xa; dB float32)."""
     dxa, db = torch.empty_like(xa), torch.empty(b.shape, dtype=torch.float32, device=b.device)
     for output, dy in enumerate(dys):
-        parts = [part for part in spec.parts() if part.output == output]
+        parts = [part for part in spec.parts if part.output == output]
         if parts and _one_pass(dy, parts, spec.rank):
             _read_once(dy, xa, b, parts, spec.scale, dxa, db)
         else:
@@ -153,7 +153,7 @@ def _grad_x(dxa: Tensor, x: Tensor, a: Tensor, seeds: Tensor, spec: GroupSpec, d
     if not dropped:
         return dxa @ a
     dx = torch.zeros_like(x)
-    for number, part in enumerate(spec.parts()):
+    for number, part in enumerate(spec.parts):
         dx += drop(dxa[:, part.xa] @ a[part.xa], seeds, number, spec.dropout)
     return dx
 
@@ -163,7 +163,7 @@ def _grad_a(dxa: Tensor, x: Tensor, a: Tensor, seeds: Tensor, spec: GroupSpec, d
     if not dropped:
         return _mm_float(dxa.t(), x)
     da = torch.empty(a.shape, dtype=torch.float32, device=a.device)
-    for number, part in enumerate(spec.parts()):
+    for number, part in enumerate(spec.parts):
         da[part.xa] = _mm_float(dxa[:, part.xa].t(), drop(x, seeds, number, spec.dropout))
     return da
 
@@ -240,6 +240,6 @@ def _low_rank_input(x: Tensor, a: Tensor, seeds: Tensor, spec: GroupSpec, traini
     if not (spec.dropout and training):
         return (x @ a.t()).mul_(spec.scale)
     xa = x.new_empty(x.shape[0], spec.num_adapters * spec.rank)
-    for number, part in enumerate(spec.parts()):
+    for number, part in enumerate(spec.parts):
         xa[:, part.xa] = drop(x, seeds, number, spec.dropout) @ a[part.xa].t()
     return xa.mul_(spec.scale)
